@@ -1,0 +1,65 @@
+"""nbcache keeps model weights alive across kernel restarts.
+
+``%load_ext nbcache`` in a notebook, then ``w = %load_weights model.safetensors``; or the same in Python: :func:`load`,
+:func:`put`, :func:`status`, :func:`evict`, :func:`pin`, :func:`unpin`. See :mod:`nbcache.errors` for what they raise.
+
+Importing this module imports neither torch nor anything else that is slow.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NBCacheError",
+    "Weights",
+    "__version__",
+    "errors",
+    "evict",
+    "evict_all",
+    "load",
+    "pin",
+    "put",
+    "status",
+    "unpin",
+]
+
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    from nbcache import errors
+    from nbcache.client.api import evict, evict_all, load, pin, put, status, unpin
+    from nbcache.client.weights import Weights
+    from nbcache.errors import NBCacheError
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    if name == "errors":
+        return importlib.import_module("nbcache.errors")
+    if name == "NBCacheError":
+        return importlib.import_module("nbcache.errors").NBCacheError
+    return getattr(importlib.import_module("nbcache.client.api"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def load_ipython_extension(shell: InteractiveShell) -> None:
+    """IPython calls this for ``%load_ext nbcache``."""
+    from nbcache.jupyter.magics import register
+
+    register(shell)
+
+
+def unload_ipython_extension(shell: InteractiveShell) -> None:
+    """IPython calls this for ``%unload_ext nbcache``: everything the extension added goes."""
+    from nbcache.jupyter.magics import unregister
+
+    unregister(shell)

@@ -1,0 +1,5 @@
+"""``python -m nbcache`` is ``nbcache``."""
+
+from nbcache.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""File formats: what lies where. Client side only."""

@@ -1,0 +1,121 @@
+"""The public functions. Magics and command line are skins of these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from nbcache.client.fill import acquire, put_bytes, spellings
+from nbcache.client.session import ProgressCallback, Session, expect
+from nbcache.client.weights import Options, Share, Weights
+from nbcache.manifest import MAX_MANIFEST_BYTES
+from nbcache.memory.shared import read_sealed
+from nbcache.protocol import messages as m
+from nbcache.protocol.wire import close_all
+
+if TYPE_CHECKING:
+    import torch
+
+
+def load(
+    name: str,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    share: Share = "cow",
+    on_progress: ProgressCallback | None = None,
+) -> Weights:
+    """The tensors of a checkpoint or a saved entry, from the cache; read into it first if need be.
+
+    Parameters
+    ----------
+    name : the name of a saved entry, or the path of a ``.safetensors`` file, of a ``*.safetensors.index.json``, or of a folder
+        that holds either
+    device : where to; None means cuda where there is one, else cpu
+    dtype : what floating-point tensors are cast to (a private copy of each that differs); None leaves the file's own
+    share : ``cow``: shared with the cache, a write is seen by this process alone; ``readonly``: the same on a CPU; ``private``:
+        an ordinary copy
+    on_progress : called with staged and total bytes while files are read
+
+    Raises
+    ------
+    CheckpointError and its kinds, UnsupportedFormat, HostMemoryFull, InvalidName, InvalidOption, DaemonError: see
+    :mod:`nbcache.errors`. Nothing stays behind after any of them.
+    """
+    options = Options(device, dtype, share)
+    options.check()
+    return Weights.over(acquire(name, on_progress=on_progress), options)
+
+
+def put(name: str, value: object, metadata: Mapping[str, str] | None = None) -> Weights:
+    """Keep tensors under a name, across kernel restarts, until they are evicted by that name or the daemon stops.
+
+    ``value`` is a tensor, a (nested) mapping of tensors, whose names are joined by dots, or a module (its ``state_dict``). An
+    entry of the same name is replaced; who still uses that keeps it. Returns the kept tensors, on the CPU.
+
+    Raises UnsupportedFormat for values without plain bytes, InvalidName, HostMemoryFull, DaemonError.
+    """
+    from nbcache.client import tensors as edge
+
+    tensors = edge.flatten(value)
+    manifest = edge.plan_put(tensors, metadata or {})
+    grant = put_bytes(name, manifest, lambda area: edge.write_tensors(tensors, manifest, area))
+    return Weights.over(grant, Options(device="cpu"))
+
+
+_status_decoder = msgspec.json.Decoder(m.Status)
+
+
+def status() -> m.Status:
+    """What is cached where and used by whom. DaemonUnavailable if no daemon runs."""
+    with Session.open(start=False) as session:
+        _, descriptors = expect(session.request(m.Query()), m.Document)
+        try:
+            return _status_decoder.decode(read_sealed(descriptors[0], MAX_MANIFEST_BYTES))
+        finally:
+            close_all(descriptors)
+
+
+def evict(name: str) -> m.Evicted:
+    """Drop an entry that nobody uses. EntryNotFound; EntryInUse, with who uses it; DaemonUnavailable."""
+    return _evict(m.Evict(spellings(name)))
+
+
+def evict_all() -> m.Evicted:
+    """Drop every idle entry that can be read from its files again; saved ones go only by name. DaemonUnavailable."""
+    return _evict(m.Evict(everything=True))
+
+
+def _evict(message: m.Evict) -> m.Evicted:
+    with Session.open(start=False) as session:
+        return expect(session.request(message), m.Evicted)[0]
+
+
+def pin(name: str) -> None:
+    """Keep an entry however full the tier gets. EntryNotFound, DaemonUnavailable."""
+    _pin(name, True)
+
+
+def unpin(name: str) -> None:
+    """Let policy evict an entry again. EntryNotFound, DaemonUnavailable."""
+    _pin(name, False)
+
+
+def _pin(name: str, pinned: bool) -> None:
+    with Session.open(start=False) as session:
+        expect(session.request(m.Pin(spellings(name), pinned)), m.Done)
+
+
+def stage(name: str, pinned: bool = False, on_progress: ProgressCallback | None = None) -> tuple[m.EntryStatus, bool]:
+    """Read a checkpoint into the cache without using it, and without torch. Returns its status, and whether it was a hit.
+
+    Raises as :func:`load`.
+    """
+    grant = acquire(name, on_progress=on_progress)
+    try:
+        if pinned:
+            expect(grant.session.request(m.Pin((grant.key,), True)), m.Done)
+    finally:
+        grant.close()
+    return next(entry for entry in status().entries if entry.key == grant.key), grant.hit

@@ -1,0 +1,288 @@
+"""One connection to the daemon, which is one lease; and starting the daemon where there is none.
+
+A session that was granted an entry is the lease on it: closing the session ends the lease, and so does the end of this
+process. A forked child does not inherit it (the copy is closed in the child), so DataLoader workers neither prolong nor break
+what their parent holds. No torch here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from select import select
+from typing import TypeVar
+
+from nbcache import __version__
+from nbcache.config import NBCache, RuntimePaths, SocketAddress
+from nbcache.errors import (
+    DaemonLost,
+    DaemonUnavailable,
+    DaemonUnresponsive,
+    ProtocolError,
+    UnsupportedPlatform,
+    VersionMismatch,
+    named,
+)
+from nbcache.protocol import messages as m
+from nbcache.protocol.wire import Channel, Closed, close_all, daemon_messages
+
+ProgressCallback = Callable[[int, int], None]
+"""Called with staged and total bytes while a staging is waited for."""
+
+M = TypeVar("M", bound=m.Message)
+
+_PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+
+_open_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+class Session:
+    """A connection that has been greeted. Use :meth:`open`; close it, or use it as a context manager.
+
+    Notes
+    -----
+    Not locked: one thread at a time. After any exception out of :meth:`request` the connection is in an unknown state and is
+    closed, so an interrupted wait leaves no lease behind.
+    """
+
+    def __init__(self, channel: Channel[m.DaemonMessage], reply_timeout_s: float) -> None:
+        self._channel = channel
+        self._channel.socket.settimeout(reply_timeout_s)
+        self._timeout_s = reply_timeout_s
+        self.daemon_pid = 0
+        _open_sessions.add(self)
+
+    @classmethod
+    def open(cls, start: bool = True) -> Session:
+        """Connect to this user's daemon, starting it if ``start`` and there is none.
+
+        DaemonUnavailable if there is none, or it cannot be started; VersionMismatch if it speaks another protocol;
+        DaemonUnresponsive if it does not answer; UnsupportedPlatform outside Linux.
+        """
+        if not sys.platform.startswith("linux"):
+            raise UnsupportedPlatform(f"nbcache needs Linux (memfd, pidfd, descriptor passing), this is {sys.platform}")
+        paths, config = RuntimePaths.of_user(), NBCache()
+        sock = _connect(paths) or (_start(paths, config) if start else None)
+        if sock is None:
+            raise DaemonUnavailable(f"no daemon runs ({paths.socket}); the first load starts one")
+        session = cls(Channel(sock, daemon_messages), config.reply_timeout_s)
+        try:
+            session._greet()
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    def _greet(self) -> None:
+        label = os.environ.get("JPY_SESSION_NAME", "")[-200:]
+        welcome, _ = expect(self.request(m.Hello(m.PROTOCOL_VERSION, __version__, label)), m.Welcome)
+        self.daemon_pid = welcome.pid
+        if welcome.protocol != m.PROTOCOL_VERSION:
+            raise VersionMismatch(
+                f"the daemon is nbcache {welcome.version} (protocol {welcome.protocol}), this is nbcache {__version__} "
+                f"(protocol {m.PROTOCOL_VERSION}); run `nbcache restart`"
+            )
+
+    def send(self, message: m.Message, descriptors: Sequence[int] = ()) -> None:
+        """Send without waiting for an answer. The descriptors stay the caller's."""
+        with self._failing_closed():
+            self._channel.send(message, descriptors)
+
+    def request(
+        self,
+        message: m.Message,
+        descriptors: Sequence[int] = (),
+        on_progress: ProgressCallback | None = None,
+    ) -> tuple[m.DaemonMessage, list[int]]:
+        """Send, and wait for the answer; the descriptors that come with it are the caller's.
+
+        Raises what the daemon's Failed names; the session lives on after that. DaemonLost, DaemonUnresponsive and
+        ProtocolError end it.
+        """
+        with self._failing_closed():
+            self._channel.send(message, descriptors)
+            while True:
+                answer, received = self._channel.receive()
+                if not isinstance(answer, m.Progress):
+                    break
+                if on_progress:
+                    on_progress(answer.staged_bytes, answer.total_bytes)
+        if isinstance(answer, m.Failed):
+            raise named(answer.error, answer.message)
+        return answer, received
+
+    @contextlib.contextmanager
+    def _failing_closed(self) -> Iterator[None]:
+        try:
+            yield
+        except Closed:
+            self.close()
+            raise DaemonLost("the daemon closed the connection; its log says why") from None
+        except TimeoutError:
+            self.close()
+            raise DaemonUnresponsive(
+                f"no answer from the daemon for {self._timeout_s:g} s; `nbcache stop` ends it, the next load starts a new one"
+            ) from None
+        except OSError as error:
+            self.close()
+            raise DaemonLost(f"the daemon went away: {error.strerror}; load again to start a new one") from error
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def closed(self) -> bool:
+        """Whether the connection is gone from this process."""
+        return self._channel.socket.fileno() < 0
+
+    def close(self) -> None:
+        """End the connection and the lease it stands for. Tensors that were mapped stay valid."""
+        self._channel.close()
+        _open_sessions.discard(self)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def expect(answer: tuple[m.DaemonMessage, list[int]], kind: type[M]) -> tuple[M, list[int]]:
+    """The answer, if it is of this kind; ProtocolError, and its descriptors closed, if not."""
+    message, descriptors = answer
+    if not isinstance(message, kind):
+        close_all(descriptors)
+        raise ProtocolError(f"the daemon answered {type(message).__name__}, expected {kind.__name__}")
+    return message, descriptors
+
+
+def _close_in_child() -> None:
+    for session in list(_open_sessions):
+        session.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+def _connect(paths: RuntimePaths) -> socket.socket | None:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    try:
+        with SocketAddress(paths.socket) as address:
+            sock.connect(address)
+    except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
+        sock.close()
+        return None
+    except OSError as error:
+        sock.close()
+        raise DaemonUnavailable(f"cannot connect to {paths.socket}: {error.strerror}") from error
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _start(paths: RuntimePaths, config: NBCache) -> socket.socket:
+    """Start a daemon, one starter at a time, and connect to it."""
+    paths.create()
+    deadline = time.monotonic() + config.start_timeout_s
+    lock_fd = os.open(paths.start_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        _lock_until(lock_fd, deadline, paths.start_lock)
+        sock = _connect(paths)
+        if sock is None:
+            _spawn(paths, config, deadline)
+            sock = _connect(paths)
+    finally:
+        os.close(lock_fd)
+    if sock is None:
+        raise DaemonUnavailable(f"the daemon started and left again; see {paths.log}")
+    return sock
+
+
+def _lock_until(fd: int, deadline: float, path: Path) -> None:
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise DaemonUnavailable(f"another process has been starting a daemon for too long ({path} is locked)") from None
+            time.sleep(0.01)  # flock has no timeout
+
+
+def _spawn(paths: RuntimePaths, config: NBCache, deadline: float) -> None:
+    read_fd, write_fd = os.pipe()
+    try:
+        with paths.log.open("ab") as log:
+            starter = subprocess.Popen(
+                [sys.executable, "-P", "-m", "nbcache.daemon", str(write_fd)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                env=_daemon_environment(config),
+                pass_fds=[write_fd],
+                start_new_session=True,
+            )
+    except OSError as error:
+        os.close(read_fd)
+        raise DaemonUnavailable(f"cannot start a daemon: {error}") from error
+    finally:
+        os.close(write_fd)
+    try:
+        answer = _read_until(read_fd, deadline)
+    finally:
+        os.close(read_fd)
+        starter.wait()
+    if answer != "ok":
+        raise DaemonUnavailable(f"the daemon did not start: {answer or 'it ended at once'}; see {paths.log}")
+
+
+def _read_until(fd: int, deadline: float) -> str:
+    parts = b""
+    while True:
+        ready, _, _ = select([fd], [], [], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            return "it took too long"
+        part = os.read(fd, 4096)
+        if not part:
+            return parts.decode(errors="replace")
+        parts += part
+
+
+def _daemon_environment(config: NBCache) -> dict[str, str]:
+    """The kernel's environment, without what would tie the daemon to this kernel, its GPU or its directory."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("CUDA_VISIBLE_DEVICES", "PYTHONPATH")}
+    inherited = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(entry)]
+    environment["PYTHONPATH"] = os.pathsep.join([_PACKAGE_ROOT, *inherited])
+    environment["NBCACHE_HOST_LIMIT"] = config.host_limit
+    return environment
+
+
+def stop_daemon(timeout_s: float = 30.0) -> int:
+    """End this user's daemon, hung or of another version as it may be, and wait until it is gone. Returns its pid, or 0."""
+    sock = _connect(RuntimePaths.of_user())
+    if sock is None:
+        return 0
+    with sock:
+        pid = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return pid
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+        if not select([pidfd], [], [], timeout_s)[0]:
+            raise DaemonUnresponsive(f"the daemon, process {pid}, does not end; `kill -9 {pid}` will")
+    finally:
+        os.close(pidfd)
+    return pid

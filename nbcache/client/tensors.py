@@ -1,0 +1,152 @@
+"""Torch at the edge: tensors over mapped bytes, and bytes of tensors. The one module below ``models/`` that imports torch."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping
+
+import msgspec
+import torch
+
+from nbcache.errors import InvalidOption, UnsupportedFormat
+from nbcache.manifest import Extent, Manifest, nbytes_of, place_tensors
+
+_TORCH_NAMES = {
+    "F4": "float4_e2m1fn_x2", "BOOL": "bool", "U8": "uint8", "I8": "int8",
+    "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "I16": "int16", "U16": "uint16", "F16": "float16", "BF16": "bfloat16",
+    "I32": "int32", "U32": "uint32", "F32": "float32", "C32": "complex32",
+    "I64": "int64", "U64": "uint64", "F64": "float64", "C64": "complex64", "C128": "complex128",
+}  # fmt: skip
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, torch_name) for name, torch_name in _TORCH_NAMES.items() if hasattr(torch, torch_name)
+}
+"""Torch's dtype for each of a manifest's; an old torch lacks some."""
+
+_MANIFEST_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+def attach(manifest: Manifest, area: mmap.mmap) -> dict[str, torch.Tensor]:
+    """A tensor over each extent of a mapped entry, in file order; nothing is copied.
+
+    Each has a storage of its own, exactly as long as the tensor, that keeps ``area`` alive: saving or sharing one of them
+    saves that one only. UnsupportedFormat if this torch lacks a dtype.
+    """
+    frombuffer, dtypes, astuple = torch.frombuffer, TORCH_DTYPES, msgspec.structs.astuple
+    tensors: dict[str, torch.Tensor] = {}
+    try:
+        for name, dtype_name, shape, _, _, nbytes, place in map(astuple, manifest.tensors):
+            dtype = dtypes[dtype_name]
+            if not nbytes:
+                tensors[name] = torch.empty(_torch_shape(dtype_name, shape), dtype=dtype)
+                continue
+            tensor = frombuffer(area, dtype=dtype, count=nbytes // dtype.itemsize, offset=place)
+            if len(shape) != 1:  # in place: a view would tie the tensor to a base
+                tensor.resize_(_torch_shape(dtype_name, shape))
+            tensors[name] = tensor
+    except KeyError as error:
+        raise UnsupportedFormat(f"tensor {name!r} has dtype {error.args[0]}, which torch {torch.__version__} lacks") from error
+    return tensors
+
+
+def _torch_shape(dtype_name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Torch counts pairs of F4 elements, in the last dimension."""
+    return (*shape[:-1], shape[-1] // 2) if dtype_name == "F4" else shape
+
+
+def resolve_device(device: object) -> torch.device:
+    """The device that was asked for; for None, cuda where there is one, else cpu. InvalidOption if it does not exist here."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved: torch.device = torch.device(device)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError) as error:
+        raise InvalidOption(f"device {device!r}: {str(error).splitlines()[0]}") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidOption(f"device {resolved}: this torch ({torch.__version__}) sees no GPU; use device='cpu'")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise InvalidOption(f"device {resolved}: there are {torch.cuda.device_count()} GPUs")
+    if resolved.type not in ("cpu", "cuda"):
+        raise InvalidOption(f"device {resolved}: nbcache serves cpu and cuda")
+    return resolved
+
+
+def resolve_dtype(dtype: object) -> torch.dtype | None:
+    """The dtype that was asked for, by object or name (``"bfloat16"``, ``"torch.bfloat16"``, ``"BF16"``); None if none was."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    name = str(dtype).removeprefix("torch.")
+    found = TORCH_DTYPES.get(name) or getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InvalidOption(f"dtype {dtype!r}: not a floating-point dtype of torch, such as 'bfloat16'")
+    return found
+
+
+def convert(
+    tensors: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype | None, copy: bool
+) -> dict[str, torch.Tensor]:
+    """The tensors on a device, floating-point ones cast to ``dtype``, as stock loaders cast; each copied if ``copy``."""
+
+    def one(tensor: torch.Tensor) -> torch.Tensor:
+        to = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        return tensor.to(device=device, dtype=to, copy=copy)
+
+    return {name: one(tensor) for name, tensor in tensors.items()}
+
+
+def flatten(value: object, name: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of a tensor, a module or a (nested) mapping, named by their dotted paths; a lone tensor is named ``tensor``.
+
+    UnsupportedFormat for anything else, and for tensors that have no plain bytes (sparse, quantized, meta).
+    """
+    if isinstance(value, torch.nn.Module):
+        value = value.state_dict()
+    if isinstance(value, torch.Tensor):
+        return {name or "tensor": _plain(value, name or "tensor")}
+    if not isinstance(value, Mapping):
+        raise UnsupportedFormat(
+            f"{name or 'the value'} is a {type(value).__name__}; nbcache keeps a tensor, a dict of tensors or a module"
+        )
+    tensors: dict[str, torch.Tensor] = {}
+    for key, inner in value.items():
+        for path, tensor in flatten(inner, f"{name}.{key}" if name else str(key)).items():
+            if path in tensors:
+                raise UnsupportedFormat(f"two tensors would be called {path!r}")
+            tensors[path] = tensor
+    return tensors
+
+
+def _plain(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.dtype not in _MANIFEST_DTYPES:
+        what = "no data (meta device)" if tensor.is_meta else f"layout {tensor.layout} and dtype {tensor.dtype}"
+        raise UnsupportedFormat(f"tensor {name!r} has {what}; only plain tensors can be kept")
+    return tensor.detach().resolve_conj().resolve_neg()
+
+
+def plan_put(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Manifest:
+    """The manifest of tensors that no file has."""
+    extents = []
+    for name, tensor in tensors.items():
+        dtype = _MANIFEST_DTYPES[tensor.dtype]
+        shape = tuple(tensor.shape)
+        if dtype == "F4":
+            if not shape:
+                raise UnsupportedFormat(f"tensor {name!r}: a {tensor.dtype} without dimensions")
+            shape = (*shape[:-1], shape[-1] * 2)
+        nbytes = nbytes_of(dtype, shape)
+        assert nbytes is not None
+        extents.append(Extent(name, dtype, shape, 0, 0, nbytes, 0))
+    return place_tensors(extents, (), dict(metadata))
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], manifest: Manifest, area: mmap.mmap) -> None:
+    """Copy the tensors to their places in a writable map. No tensor over the map is left afterwards."""
+    for name, target in attach(manifest, area).items():
+        if target.numel():
+            _bytes_of(target).copy_(_bytes_of(tensors[name]))
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -1,0 +1,190 @@
+"""Configuration, and the places on disk: one class for the daemon, the magics and the command line.
+
+Options are traits of :class:`NBCache`. Each also reads an environment variable ``NBCACHE_<OPTION>``, which is how a kernel's
+settings reach the daemon that it starts.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+import psutil
+from traitlets import Float, TraitError, Unicode, default, validate
+from traitlets.config import Configurable
+
+from nbcache.errors import DaemonUnavailable, InvalidOption
+from nbcache.units import parse_size
+
+
+class NBCache(Configurable):
+    """Settings of nbcache."""
+
+    host_limit = Unicode(
+        help="Most host memory that entries may take, such as 48G or 64GiB. Empty: half of what the machine, or the control "
+        "group this process is in, has. Environment: NBCACHE_HOST_LIMIT.",
+    ).tag(config=True)
+
+    start_timeout_s = Float(
+        20.0, help="Seconds to wait for a daemon that is being started. Environment: NBCACHE_START_TIMEOUT_S."
+    ).tag(config=True)
+
+    reply_timeout_s = Float(
+        20.0, help="Seconds of silence after which the daemon counts as hung. Environment: NBCACHE_REPLY_TIMEOUT_S."
+    ).tag(config=True)
+
+    @default("host_limit")
+    def _default_host_limit(self) -> str:
+        return os.environ.get("NBCACHE_HOST_LIMIT", "")
+
+    @default("start_timeout_s")
+    def _default_start_timeout_s(self) -> float:
+        return _float_from_environment("NBCACHE_START_TIMEOUT_S", 20.0)
+
+    @default("reply_timeout_s")
+    def _default_reply_timeout_s(self) -> float:
+        return _float_from_environment("NBCACHE_REPLY_TIMEOUT_S", 20.0)
+
+    @validate("host_limit")
+    def _check_host_limit(self, proposal: dict[str, str]) -> str:
+        try:
+            if proposal["value"]:
+                parse_size(proposal["value"])
+        except InvalidOption as error:
+            raise TraitError(f"NBCache.host_limit: {error}") from error
+        return proposal["value"]
+
+    def host_limit_bytes(self) -> int:
+        """The host tier's limit now. Asked again each time: some machines' memory grows as it is used."""
+        return parse_size(self.host_limit) if self.host_limit else available_memory_bytes() // 2
+
+
+def _float_from_environment(name: str, otherwise: float) -> float:
+    text = os.environ.get(name, "")
+    try:
+        return float(text) if text else otherwise
+    except ValueError as error:
+        raise InvalidOption(f"{name}={text!r} is not a number of seconds") from error
+
+
+@dataclass(frozen=True)
+class RuntimePaths:
+    """Where the daemon of this user is met: socket, locks and log."""
+
+    runtime: Path
+    state: Path
+
+    @classmethod
+    def of_user(cls) -> RuntimePaths:
+        """From ``NBCACHE_RUNTIME_DIR`` (which moves the log too), else the platform's directories for this user."""
+        chosen = os.environ.get("NBCACHE_RUNTIME_DIR")
+        if chosen:
+            runtime = Path(os.path.abspath(os.path.expanduser(chosen)))
+            return cls(runtime, runtime)
+        return cls(
+            Path(platformdirs.user_runtime_dir("nbcache", appauthor=False)),
+            Path(platformdirs.user_state_dir("nbcache", appauthor=False)),
+        )
+
+    @property
+    def socket(self) -> Path:
+        """Where the daemon listens."""
+        return self.runtime / "daemon.sock"
+
+    @property
+    def lock(self) -> Path:
+        """Locked by a daemon for as long as it lives."""
+        return self.runtime / "daemon.lock"
+
+    @property
+    def start_lock(self) -> Path:
+        """Locked by the client that starts a daemon."""
+        return self.runtime / "start.lock"
+
+    @property
+    def log(self) -> Path:
+        """What the daemon writes about itself."""
+        return self.state / "daemon.log"
+
+    def create(self) -> None:
+        """Make the directories, private to the user. DaemonUnavailable if that cannot be, or if another user owns one."""
+        for directory in dict.fromkeys((self.runtime, self.state)):
+            try:
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                found = directory.stat()
+            except OSError as error:
+                raise DaemonUnavailable(
+                    f"cannot make the directory {directory}: {error.strerror}; set NBCACHE_RUNTIME_DIR to one that you may "
+                    "write"
+                ) from error
+            if found.st_uid != os.getuid():
+                raise DaemonUnavailable(
+                    f"{directory} belongs to user {found.st_uid}, not to you ({os.getuid()}); set NBCACHE_RUNTIME_DIR to a "
+                    "directory of your own"
+                )
+        if stat.S_IMODE(self.runtime.stat().st_mode) & 0o077:
+            self.runtime.chmod(0o700)
+
+
+class SocketAddress:
+    """The socket's address for ``bind`` and ``connect``, however long its path.
+
+    Over 107 bytes, the system's limit, it goes through an open directory. A context manager: the address holds only inside it.
+    OSError if the directory is not there.
+    """
+
+    LONGEST = 107
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._directory = -1
+
+    def __enter__(self) -> str:
+        if len(os.fsencode(self._path)) <= self.LONGEST:
+            return str(self._path)
+        self._directory = os.open(self._path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        return f"/proc/self/fd/{self._directory}/{self._path.name}"
+
+    def __exit__(self, *_: object) -> None:
+        if self._directory >= 0:
+            os.close(self._directory)
+            self._directory = -1
+
+
+def available_memory_bytes(root: Path = Path("/")) -> int:
+    """Memory this process may use: the machine's, or the least limit of its control groups (v2 and v1) where that is less."""
+    return min([int(psutil.virtual_memory().total), *_cgroup_limits(root)])
+
+
+def _cgroup_limits(root: Path) -> list[int]:
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    limits = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            mount, name = root / "sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            mount, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        group = mount / path.lstrip("/")
+        # Inside a container the path may be the host's: then only the mount's own root is there to read.
+        for directory in (group, *group.parents):
+            limits += _limit_in(directory / name)
+            if directory == mount:
+                break
+    return limits
+
+
+def _limit_in(file: Path) -> list[int]:
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return []
+    return [int(text)] if text.isdigit() else []

@@ -1,0 +1,1 @@
+"""The part that Jupyter sees: magics and what they show."""

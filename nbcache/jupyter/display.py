@@ -1,0 +1,67 @@
+"""What people see: the status as a table, a load as one line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nbcache.protocol.messages import EntryStatus, Status
+from nbcache.units import format_duration, format_size
+
+if TYPE_CHECKING:
+    from nbcache.client.weights import Weights
+
+
+class StatusView:
+    """A status document that shows itself as a table. The document is ``.status``."""
+
+    def __init__(self, status: Status) -> None:
+        self.status = status
+
+    def __repr__(self) -> str:
+        return render_status(self.status)
+
+
+def summary(weights: Weights, seconds: float, how: str = "") -> str:
+    """``minilm: 104 tensors, 90.9 MB on cpu in 1.2 ms (cached)``."""
+    count = f"{len(weights)} tensor{'s' if len(weights) != 1 else ''}"
+    private = f", {format_size(weights.private_bytes)} private" if weights.private_bytes else ""
+    how = how or ("cached" if weights.hit else "read from disk")
+    size = format_size(weights.nbytes)
+    return f"{short_name(weights.name)}: {count}, {size} on {weights.device} in {format_duration(seconds)} ({how}{private})"
+
+
+def short_name(name: str) -> str:
+    """The last two parts of a path, which say more than the last one (``model.safetensors``); a plain name as it is."""
+    return str(Path(*Path(name).parts[-2:])) if name.startswith("/") and len(Path(name).parts) > 3 else name
+
+
+def render_status(status: Status) -> str:
+    """The status as lines of text."""
+    host = status.host
+    head = f"host tier: {format_size(host.used_bytes)} of {format_size(host.limit_bytes)} used; daemon {status.pid}"
+    if not status.entries:
+        return f"{head}; nothing cached"
+    rows: list[tuple[str, ...]] = [("name", "size", "tensors", "host", "used by", "idle", "")]
+    rows += [_row(entry) for entry in status.entries]
+    return "\n".join([head, *_columns(rows)])
+
+
+def _row(entry: EntryStatus) -> tuple[str, ...]:
+    users = ", ".join(dict.fromkeys(short_name(lease.label) or f"pid {lease.pid}" for lease in entry.used_by))
+    remarks = [remark for remark, holds in (("pinned", entry.pinned), ("saved", entry.provenance == "put")) if holds]
+    return (
+        short_name(entry.name),
+        format_size(entry.bytes),
+        str(entry.tensors),
+        entry.host,
+        users or "-",
+        "-" if entry.leases else format_duration(entry.last_used_s),
+        ", ".join(remarks),
+    )
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,138 @@
+"""``%load_weights``, ``%save_weights``, ``%weights``: the Python API, typed into a cell.
+
+Errors of nbcache become a ``UsageError``: one line, no traceback, the same words as in the API and on the command line.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+from IPython.core.error import UsageError
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.core.magic import Magics, line_magic, magics_class, no_var_expand
+from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
+
+from nbcache.client import api
+from nbcache.client.weights import SHARE_MODES, Weights
+from nbcache.errors import NBCacheError
+from nbcache.jupyter.display import StatusView, summary
+
+R = TypeVar("R")
+
+
+def _one_line_errors(magic: Callable[..., R]) -> Callable[..., R]:
+    @wraps(magic)
+    def wrapped(self: Magics, line: str) -> R:
+        try:
+            return magic(self, line)
+        except NBCacheError as error:
+            raise UsageError(str(error)) from error
+
+    return wrapped
+
+
+@magics_class
+class NBCacheMagics(Magics):
+    """The magics of one shell."""
+
+    @_one_line_errors
+    @magic_arguments()
+    @argument("name", metavar="NAME", help="A saved name, or the path of a .safetensors file, a shard index or a folder.")
+    @argument("--as", dest="variable", metavar="VAR", help="Bind this variable and print a summary, instead of returning.")
+    @argument("--device", help="cpu, cuda, cuda:1, ... Default: cuda where there is one, else cpu.")
+    @argument("--dtype", help="Cast floating-point tensors, such as bfloat16. Default: as in the file.")
+    @argument("--share", choices=SHARE_MODES, default="cow", help="How to share with the cache. Default: cow.")
+    @line_magic
+    def load_weights(self, line: str) -> Weights | None:
+        """Load weights from the cache, reading them into it first if need be.
+
+        Examples::
+
+            w = %load_weights model.safetensors
+            %load_weights ~/models/minilm --as w
+        """
+        args = parse_argstring(self.load_weights, line)
+        if args.variable and not args.variable.isidentifier():
+            raise UsageError(f"--as {args.variable}: not the name of a variable")
+        start = time.perf_counter()
+        weights = api.load(_unquoted(args.name), args.device, args.dtype, args.share)
+        if not args.variable:
+            return weights
+        print(summary(weights, time.perf_counter() - start))  # noqa: T201
+        self._shell.user_ns[args.variable] = weights
+        return None
+
+    @_one_line_errors
+    @no_var_expand
+    @line_magic
+    def save_weights(self, line: str) -> None:
+        """Keep tensors under a name, across kernel restarts: ``%save_weights NAME EXPR``.
+
+        EXPR is evaluated here; it gives a tensor, a (nested) dict of tensors, or a module. A name that exists is replaced.
+
+        Examples::
+
+            %save_weights embeddings embeddings
+            %save_weights probe {"w": probe.weight, "b": probe.bias}
+        """
+        name, _, expression = line.strip().partition(" ")
+        if not expression.strip():
+            raise UsageError("%save_weights NAME EXPR: a name, and what to keep under it")
+        start = time.perf_counter()
+        weights = api.put(_unquoted(name), self._shell.ev(expression.strip()))
+        print(summary(weights, time.perf_counter() - start, "saved"))  # noqa: T201
+
+    @_one_line_errors
+    @magic_arguments()
+    @argument("action", nargs="?", choices=("evict", "pin", "unpin"), help="What to do; without it, show what is cached.")
+    @argument("name", nargs="?", metavar="NAME", help="The entry to do it to.")
+    @line_magic
+    def weights(self, line: str) -> StatusView | None:
+        """Show what is cached, how large it is and who uses it; or evict, pin or unpin an entry.
+
+        Examples::
+
+            %weights
+            %weights pin ~/models/minilm
+            %weights evict embeddings
+        """
+        args = parse_argstring(self.weights, line)
+        if not args.action:
+            return StatusView(api.status())
+        if not args.name:
+            raise UsageError(f"%weights {args.action} NAME: which entry?")
+        name = _unquoted(args.name)
+        if args.action == "evict":
+            api.evict(name)
+        elif args.action == "pin":
+            api.pin(name)
+        else:
+            api.unpin(name)
+        return None
+
+    @property
+    def _shell(self) -> InteractiveShell:
+        assert self.shell is not None
+        return self.shell
+
+
+def _unquoted(text: str) -> str:
+    """IPython splits a line at blanks and leaves the quotes that protect some of them."""
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
+
+
+def register(shell: InteractiveShell) -> None:
+    """Add the magics to a shell."""
+    shell.register_magics(NBCacheMagics(shell))
+
+
+def unregister(shell: InteractiveShell) -> None:
+    """Take them away again, without a trace."""
+    manager: Any = shell.magics_manager
+    registered = manager.registry.pop(NBCacheMagics.__name__, None)
+    for magics in manager.magics.values():
+        for name in [name for name, magic in magics.items() if getattr(magic, "__self__", None) is registered]:
+            del magics[name]

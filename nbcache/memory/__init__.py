@@ -1,0 +1,1 @@
+"""Memory that outlives a process: blocks, and maps of them."""

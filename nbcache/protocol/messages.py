@@ -1,0 +1,215 @@
+"""The vocabulary of the protocol: every message, and how many descriptors each carries.
+
+One packet is one message. A message is JSON with its type under ``"type"``; what does not fit in 64 KiB (manifests, status)
+travels beside it as a sealed memfd. See PROTOCOL.md for who says what and when.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+
+FILES_PER_MESSAGE = 128
+"""Files that one message may hand over (the kernel's own limit is 253 descriptors)."""
+
+
+class Message(msgspec.Struct, frozen=True, tag_field="type"):
+    """A message. ``DESCRIPTORS`` is the smallest and the largest number of descriptors that may come with it."""
+
+    DESCRIPTORS: ClassVar[tuple[int, int]] = (0, 0)
+
+
+class Hello(Message, frozen=True, tag="hello"):
+    """Client, first: the versions it speaks, and who it is for people's eyes."""
+
+    protocol: int
+    version: str
+    label: str = ""
+
+
+class Find(Message, frozen=True, tag="find"):
+    """Client: the entry with this key, or, without a key, the first that one of these names names.
+
+    An entry that is found by key gets the names as aliases. Answered by Granted, by Progress while it is staged, or by Absent.
+    """
+
+    names: tuple[str, ...] = ()
+    key: str = ""
+
+
+class Stage(Message, frozen=True, tag="stage"):
+    """Client: read these files into an entry. Answered as Find is.
+
+    Descriptors: the manifest, then the first of ``file_count`` files; the rest follow in Files.
+    """
+
+    DESCRIPTORS = (1, 1 + FILES_PER_MESSAGE)
+    name: str
+    file_count: int
+
+
+class Files(Message, frozen=True, tag="files"):
+    """Client: more of the files that its Stage announced."""
+
+    DESCRIPTORS = (1, FILES_PER_MESSAGE)
+
+
+class Reserve(Message, frozen=True, tag="reserve"):
+    """Client: memory for an entry that it will fill itself. Descriptor: the manifest. Answered by Reserved."""
+
+    DESCRIPTORS = (1, 1)
+    name: str
+
+
+class Commit(Message, frozen=True, tag="commit"):
+    """Client: what I reserved is filled and I no longer map it writable. Answered by Granted."""
+
+
+class Evict(Message, frozen=True, tag="evict"):
+    """Client: drop the entry that the first known of these names names. Answered by Evicted.
+
+    With ``everything``: drop each idle one that can be read from its files again.
+    """
+
+    names: tuple[str, ...] = ()
+    everything: bool = False
+
+
+class Pin(Message, frozen=True, tag="pin"):
+    """Client: keep the entry that the first known of these names names, or let policy have it again. Answered by Done."""
+
+    names: tuple[str, ...]
+    pinned: bool
+
+
+class Query(Message, frozen=True, tag="query"):
+    """Client: the daemon's status. Answered by Document."""
+
+
+class Welcome(Message, frozen=True, tag="welcome"):
+    """Daemon, first: its versions. If ``protocol`` differs from the client's it says no more and closes."""
+
+    protocol: int
+    version: str
+    pid: int
+
+
+class Granted(Message, frozen=True, tag="granted"):
+    """Daemon: a lease, for as long as this connection and its process live. Descriptors: the manifest and the sealed block."""
+
+    DESCRIPTORS = (2, 2)
+    key: str
+    name: str
+    provenance: str
+    staged: bool = False
+    """Whether the files were read for this answer; False on a hit."""
+
+
+class Absent(Message, frozen=True, tag="absent"):
+    """Daemon: no such entry."""
+
+
+class Progress(Message, frozen=True, tag="progress"):
+    """Daemon, unasked, to whoever waits for a staging: how far it is. At least once a second."""
+
+    staged_bytes: int
+    total_bytes: int
+
+
+class Reserved(Message, frozen=True, tag="reserved"):
+    """Daemon: fill this, unmap it, and Commit. Descriptor: the block, writable."""
+
+    DESCRIPTORS = (1, 1)
+
+
+class Done(Message, frozen=True, tag="done"):
+    """Daemon: it is so."""
+
+
+class Evicted(Message, frozen=True, tag="evicted"):
+    """Daemon: what went, and what ``everything`` left because it is in use, pinned or a put entry."""
+
+    names: tuple[str, ...]
+    freed_bytes: int
+    kept: tuple[str, ...] = ()
+
+
+class Document(Message, frozen=True, tag="document"):
+    """Daemon: a JSON document. Descriptor: the sealed memfd that holds it."""
+
+    DESCRIPTORS = (1, 1)
+
+
+class Failed(Message, frozen=True, tag="failed"):
+    """Daemon: no, and why. ``error`` is the name of a class in :mod:`nbcache.errors`."""
+
+    error: str
+    message: str
+
+
+ClientMessage = Hello | Find | Stage | Files | Reserve | Commit | Evict | Pin | Query
+DaemonMessage = Welcome | Granted | Absent | Progress | Reserved | Done | Evicted | Document | Failed
+
+
+class Lease(msgspec.Struct, frozen=True):
+    """Who uses an entry, in a status document."""
+
+    pid: int
+    label: str
+
+
+class DeviceResidence(msgspec.Struct, frozen=True):
+    """An entry's slab on one GPU, in a status document."""
+
+    uuid: str
+    dtype: str
+    state: str
+    leases: int
+
+
+class EntryStatus(msgspec.Struct, frozen=True):
+    """One entry in a status document. ``bytes`` are the tensors' own; ``last_used_s`` is seconds ago."""
+
+    name: str
+    aliases: tuple[str, ...]
+    provenance: str
+    source: tuple[str, ...]
+    bytes: int
+    tensors: int
+    host: str
+    devices: tuple[DeviceResidence, ...]
+    leases: int
+    pinned: bool
+    last_used_s: float
+    key: str
+    used_by: tuple[Lease, ...]
+
+
+class HostStatus(msgspec.Struct, frozen=True):
+    """The host tier in a status document."""
+
+    used_bytes: int
+    limit_bytes: int
+
+
+class DeviceStatus(msgspec.Struct, frozen=True):
+    """A GPU in a status document."""
+
+    uuid: str
+    name: str
+    slab_bytes: int
+
+
+class Status(msgspec.Struct, frozen=True):
+    """The daemon's status document: what ``nbcache status --json`` prints."""
+
+    version: str
+    protocol: int
+    pid: int
+    uptime_s: float
+    host: HostStatus
+    devices: tuple[DeviceStatus, ...]
+    entries: tuple[EntryStatus, ...]
