@@ -20,7 +20,7 @@ from nbcache.client.session import Session, stop_daemon
 from nbcache.config import NBCache
 from nbcache.errors import NBCacheError
 from nbcache.jupyter.display import render_status, short_name
-from nbcache.units import format_duration, format_size
+from nbcache.units import format_duration, format_size, parse_size
 
 app = typer.Typer(
     name="nbcache",
@@ -108,8 +108,8 @@ def stop() -> None:
 def restart() -> None:
     """End the daemon and start a new one, empty, of this version."""
     _stop()
-    with Session.open() as session:
-        _print(f"started: process {session.daemon_pid}, nbcache {__version__}")
+    Session.open().close()
+    _print(f"started: process {api.status().pid}, nbcache {__version__}")
 
 
 def _stop() -> None:
@@ -137,6 +137,37 @@ def demo(
 
     if not run_demo(str(checkpoint) if checkpoint else None):
         raise typer.Exit(1)
+
+
+bench = typer.Typer(help="Measure on this machine, beside a floor or a rival in the same run.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command("attach")
+def bench_attach(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Your own checkpoint; without it, synthetic ones of 104 to 20 000 tensors.")
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Time from the call to usable tensors when the entry is cached, beside safetensors' load_file."""
+    from nbcache.bench import measure_attach, render_attach
+
+    results = measure_attach(checkpoint or None)
+    _print(results if as_json else render_attach(results))
+
+
+@bench.command("stage")
+def bench_stage(
+    size: Annotated[str, typer.Option(help="How much to read.")] = "4GiB",
+    directory: Annotated[str, typer.Option(help="Where to put the file.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Reading a file into the cache from a hot page cache, beside plain parallel preadv."""
+    from nbcache.bench import measure_stage, render_stage
+
+    result = measure_stage(parse_size(size), directory=directory or None)
+    _print(result if as_json else render_stage(result))
 
 
 def _print(result: object) -> None:

@@ -46,7 +46,9 @@ _open_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
 class Session:
-    """A connection that has been greeted. Use :meth:`open`; close it, or use it as a context manager.
+    """A connection that said hello. Use :meth:`open`; close it, or use it as a context manager.
+
+    The daemon's welcome is read with the first answer, so that a hit takes one round trip.
 
     Notes
     -----
@@ -65,8 +67,7 @@ class Session:
     def open(cls, start: bool = True) -> Session:
         """Connect to this user's daemon, starting it if ``start`` and there is none.
 
-        DaemonUnavailable if there is none, or it cannot be started; VersionMismatch if it speaks another protocol;
-        DaemonUnresponsive if it does not answer; UnsupportedPlatform outside Linux.
+        DaemonUnavailable if there is none, or it cannot be started; UnsupportedPlatform outside Linux.
         """
         if not sys.platform.startswith("linux"):
             raise UnsupportedPlatform(f"nbcache needs Linux (memfd, pidfd, descriptor passing), this is {sys.platform}")
@@ -75,16 +76,12 @@ class Session:
         if sock is None:
             raise DaemonUnavailable(f"no daemon runs ({paths.socket}); the first load starts one")
         session = cls(Channel(sock, daemon_messages), config.reply_timeout_s)
-        try:
-            session._greet()
-        except BaseException:
-            session.close()
-            raise
+        session.send(m.Hello(m.PROTOCOL_VERSION, __version__, os.environ.get("JPY_SESSION_NAME", "")[-200:]))
         return session
 
     def _greet(self) -> None:
-        label = os.environ.get("JPY_SESSION_NAME", "")[-200:]
-        welcome, _ = expect(self.request(m.Hello(m.PROTOCOL_VERSION, __version__, label)), m.Welcome)
+        """Read the daemon's greeting, which comes before its first answer."""
+        welcome, _ = expect(self._channel.receive(), m.Welcome)
         self.daemon_pid = welcome.pid
         if welcome.protocol != m.PROTOCOL_VERSION:
             raise VersionMismatch(
@@ -105,11 +102,13 @@ class Session:
     ) -> tuple[m.DaemonMessage, list[int]]:
         """Send, and wait for the answer; the descriptors that come with it are the caller's.
 
-        Raises what the daemon's Failed names; the session lives on after that. DaemonLost, DaemonUnresponsive and
-        ProtocolError end it.
+        Raises what the daemon's Failed names; the session lives on after that. DaemonLost, DaemonUnresponsive, ProtocolError
+        and, on the first request, VersionMismatch end it.
         """
         with self._failing_closed():
             self._channel.send(message, descriptors)
+            if not self.daemon_pid:
+                self._greet()
             while True:
                 answer, received = self._channel.receive()
                 if not isinstance(answer, m.Progress):

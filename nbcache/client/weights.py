@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from nbcache.units import format_size
 
 if TYPE_CHECKING:
     import torch
+
+if "torch" in sys.modules:  # where torch is there already, its edge is imported now and not in the first load
+    import nbcache.client.tensors  # noqa: F401
 
 Share = Literal["cow", "readonly", "private"]
 SHARE_MODES: tuple[Share, ...] = ("cow", "readonly", "private")
