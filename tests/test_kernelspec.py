@@ -1,0 +1,72 @@
+"""The kernelspec: shipped in the wheel, found by Jupyter, and a kernel of it knows the magics without being told."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from jupyter_client.kernelspec import KernelSpecManager, find_kernel_specs
+
+from tests.support.checkpoints import write_checkpoint
+from tests.support.kernels import Kernel
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SOURCE = REPOSITORY / "kernelspec"
+FILES = {"kernel.json", "logo-32x32.png", "logo-64x64.png", "logo-svg.svg"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder)]
+    subprocess.run([*command, str(REPOSITORY)], check=True, capture_output=True)
+    (path,) = folder.glob("nbcache-*.whl")
+    with zipfile.ZipFile(path) as opened:
+        yield opened
+
+
+def test_wheel_ships_the_kernelspec(wheel):
+    prefix = "data/share/jupyter/kernels/nbcache/"
+    shipped = {name.partition(prefix)[2]: wheel.read(name) for name in wheel.namelist() if prefix in name}
+    assert shipped == {path.name: path.read_bytes() for path in SOURCE.iterdir()}
+    assert shipped.keys() == FILES
+
+
+def test_wheel_ships_the_protocol_and_the_types(wheel):
+    assert {"nbcache/protocol/PROTOCOL.md", "nbcache/py.typed"} <= set(wheel.namelist())
+
+
+def test_jupyter_finds_it_as_installed():
+    folder = Path(find_kernel_specs()["nbcache"])
+    assert folder.is_relative_to(sys.prefix)
+    assert {path.name for path in folder.iterdir()} == FILES
+    spec = KernelSpecManager().get_kernel_spec("nbcache")
+    assert spec.to_dict() | json.loads((SOURCE / "kernel.json").read_text()) == spec.to_dict()
+    assert spec.metadata["debugger"] is True
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_logos_have_the_size_they_are_named_for(side):
+    head = (SOURCE / f"logo-{side}x{side}.png").read_bytes()[:24]
+    assert head.startswith(b"\x89PNG\r\n\x1a\n")
+    assert struct.unpack(">II", head[16:24]) == (side, side)
+
+
+def test_a_kernel_of_it_knows_the_magics(runtime_dir, tmp_path):
+    path = write_checkpoint(tmp_path / "model.safetensors")
+    with Kernel("nbcache") as kernel:
+        assert kernel.try_run("%weights").error.startswith("UsageError: no daemon runs")
+        assert "4 tensors" in kernel.run(f"%load_weights {path} --device cpu --as loaded")
+        assert "model.safetensors" in kernel.run("%weights")
+        kernel.restart()
+        assert "(cached)" in kernel.run(f"%load_weights {path} --device cpu --as loaded")
+
+
+def test_a_kernel_without_it_does_not(runtime_dir):
+    with Kernel("python3") as kernel:
+        assert "not found" in kernel.try_run("%weights").error
