@@ -13,6 +13,8 @@
     ├── EntryNotFound              no cached entry of that name
     ├── EntryInUse                 an entry that is leased or pinned was to be evicted
     ├── HostMemoryFull             the host tier has no room that policy may free
+    ├── DeviceMemoryFull           a GPU has no room for a slab
+    ├── DriverError                the GPU driver refused something
     ├── InvalidName                a name that cannot be a name
     ├── InvalidOption              a device, share mode, dtype or size that does not exist
     ├── WeightsReleased            a released ``Weights`` was asked for a tensor
@@ -73,6 +75,14 @@ class EntryInUse(NBCacheError):
 
 class HostMemoryFull(NBCacheError):
     """The host tier has no room for the entry, and policy may not free enough."""
+
+
+class DeviceMemoryFull(NBCacheError):
+    """A GPU has no room for a slab, even without the idle ones."""
+
+
+class DriverError(NBCacheError):
+    """The GPU driver is not there, or refused something. Loads fall back to ordinary copies."""
 
 
 class InvalidName(NBCacheError):

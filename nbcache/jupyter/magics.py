@@ -16,7 +16,8 @@ from IPython.core.magic import Magics, line_magic, magics_class, no_var_expand
 from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
 
 from nbcache.client import api
-from nbcache.client.weights import SHARE_MODES, Weights
+from nbcache.client.options import SHARE_MODES
+from nbcache.client.weights import Weights
 from nbcache.errors import NBCacheError
 from nbcache.jupyter.display import StatusView, summary
 

@@ -1,0 +1,298 @@
+"""A GPU as a kernel uses it: filling a slab from pinned blocks, mapping one, and tensors over the map.
+
+The kernel has the context; the daemon has the memory. Needs torch, for its streams and tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from functools import cache
+from typing import Any, Protocol
+
+import msgspec
+import torch
+
+from nbcache.client import cow
+from nbcache.client import tensors as edge
+from nbcache.client.fill import Grant, Offer, Wish, committed, read_answer
+from nbcache.client.options import Loaded, Share
+from nbcache.client.session import ProgressCallback, Session, expect
+from nbcache.errors import EntryNotFound, InvalidOption, ProtocolError
+from nbcache.manifest import Extent, Manifest, nbytes_of, place_tensors
+from nbcache.memory.driver import Access, Driver, Gpu, Mapped, open_driver
+from nbcache.protocol import messages as m
+
+AHEAD = 2
+"""Blocks asked for before they are needed: one is mapped while another is copied."""
+
+
+class SlabMap:
+    """A read-only map of a slab, and the lease on it. Both end when the last reference goes, once queued work is done."""
+
+    def __init__(self, mapped: Mapped, session: Session, synchronize: Callable[[], None]) -> None:
+        self.address = mapped.address
+        self.size_bytes = mapped.size_bytes
+        weakref.finalize(self, _let_go, mapped, session, synchronize, os.getpid()).atexit = False
+
+
+def _let_go(mapped: Mapped, session: Session, synchronize: Callable[[], None], owner: int) -> None:
+    if os.getpid() == owner:  # a forked child has neither the context nor the lease
+        synchronize()
+        mapped.close()
+    session.close()
+
+
+class Views(Protocol):
+    """How tensors are made over a mapped slab, and what waits for a device. The tests' emulation makes CPU tensors."""
+
+    def plain(self, slab: SlabMap, manifest: Manifest) -> dict[str, torch.Tensor]:
+        """Tensors that keep the map alive; a write to one is a write to the map."""
+
+    def cow(self, slab: SlabMap, manifest: Manifest) -> tuple[dict[str, torch.Tensor], int]:
+        """Copy-on-write tensors, and how many bytes of them had to be copied at once."""
+
+    def synchronize(self) -> None:
+        """Wait for all queued work."""
+
+    def stream(self) -> int:
+        """The stream that copies are queued on."""
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        """Scratch bytes on the device."""
+
+    def current(self) -> contextlib.AbstractContextManager[object]:
+        """Makes the device current."""
+
+
+class CudaViews:
+    """CUDA tensors."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        torch.cuda.init()
+
+    def plain(self, slab: SlabMap, manifest: Manifest) -> dict[str, torch.Tensor]:
+        """See :class:`Views`. All share one storage, the slab's."""
+        storage = torch.as_tensor(_CudaArray(slab), device=self._device).untyped_storage()
+        return {t.name: self._one(storage, t) for t in manifest.tensors}
+
+    def _one(self, storage: torch.UntypedStorage, extent: Extent) -> torch.Tensor:
+        dtype = edge.torch_dtype(extent)
+        shape = edge.torch_shape(extent.dtype, extent.shape)
+        tensor = torch.empty(0, dtype=dtype, device=self._device)
+        if not extent.nbytes:
+            return tensor.reshape(shape)
+        return tensor.set_(storage, extent.place // dtype.itemsize, shape)  # type: ignore[call-overload, no-any-return]
+
+    def cow(self, slab: SlabMap, manifest: Manifest) -> tuple[dict[str, torch.Tensor], int]:
+        """See :class:`Views`."""
+        return cow.adopt(slab, manifest, self._device)
+
+    def synchronize(self) -> None:
+        """See :class:`Views`."""
+        torch.cuda.synchronize(self._device)
+
+    def stream(self) -> int:
+        """See :class:`Views`."""
+        return int(torch.cuda.current_stream(self._device).cuda_stream)
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        """See :class:`Views`."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+    def current(self) -> contextlib.AbstractContextManager[object]:
+        """See :class:`Views`."""
+        return torch.cuda.device(self._device)
+
+
+class _CudaArray:
+    """What torch needs to see a slab as one array; torch's storage keeps this, and this keeps the map."""
+
+    def __init__(self, slab: SlabMap) -> None:
+        self.slab = slab
+        self.__cuda_array_interface__ = {
+            "shape": (slab.size_bytes,), "typestr": "|u1", "data": (slab.address, False), "version": 3, "strides": None,
+        }  # fmt: skip
+
+
+class Device:
+    """One GPU of this process. ``device`` is torch's name for it."""
+
+    def __init__(self, driver: Driver, gpu: Gpu, device: torch.device, views: Views) -> None:
+        self._driver = driver
+        self._gpu = gpu
+        self._device = device
+        self._views = views
+
+    def load(
+        self,
+        get: Callable[[Wish], Grant | Offer],
+        dtype: torch.dtype | None,
+        share: Share,
+        on_progress: ProgressCallback | None,
+    ) -> Loaded:
+        """The entry's tensors on this GPU; its slab is filled first if nobody did, by whoever is first (I3)."""
+        with self._views.current():
+            wanted = edge.dtype_name(dtype) if dtype is not None else ""
+            found = get(Wish(m.DeviceWish(self._gpu.uuid, wanted)))
+            if wanted and cast_manifest(found.manifest, wanted) is found.manifest:  # the file's own dtype: one slab will do
+                found.close()
+                wanted = ""
+                found = get(Wish(m.DeviceWish(self._gpu.uuid)))
+            try:
+                layout = cast_manifest(found.manifest, wanted)
+                grant = found if isinstance(found, Grant) else self._fill(found, layout, wanted, on_progress)
+            except BaseException:
+                found.close()
+                raise
+            return self._over_slab(grant, layout, share)
+
+    def _over_slab(self, grant: Grant, layout: Manifest, share: Share) -> Loaded:
+        try:
+            mapped = self._driver.map_slab(grant.fd, layout.extent_bytes, self._gpu, Access.READ)
+            slab = SlabMap(mapped, grant.session, self._views.synchronize)
+            os.close(grant.take_fd())
+        except BaseException:
+            grant.close()
+            raise
+        private_bytes = 0
+        if share == "cow":
+            tensors, private_bytes = self._views.cow(slab, layout)
+        else:
+            tensors = self._views.plain(slab, layout)
+        if share == "private":
+            tensors = edge.convert(tensors, self._device, None, copy=True)
+            private_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        return Loaded(tensors, grant.key, grant.name, self._device, grant.manifest.metadata, private_bytes, grant.hit, slab)
+
+    def _fill(self, offer: Offer, layout: Manifest, dtype: str, on_progress: ProgressCallback | None) -> Grant:
+        """Fill the slab that was offered, commit it, and hold it. If another client was quicker, hold what it filled."""
+        session = offer.session
+        while True:
+            message, descriptors = session.request(m.Fill(layout.extent_bytes), on_progress=on_progress)
+            if isinstance(message, m.Filling):
+                break
+            found = read_answer(session, (message, descriptors))
+            if isinstance(found, Grant):
+                return found
+            if found is None:
+                raise EntryNotFound(f"{offer.key}: evicted while its slab was to be filled; load it again")
+        with ExitStack() as stack:
+            fd = descriptors[0]
+            stack.callback(os.close, fd)
+            target = self._driver.map_slab(fd, layout.extent_bytes, self._gpu, Access.WRITE)
+            stack.callback(target.close)
+            blocks = self._blocks(session, offer.manifest.extent_bytes, message.block_bytes, stack, on_progress)
+            if layout is offer.manifest:
+                at = target.address
+                for block in blocks:
+                    self._driver.copy(at, block.address, block.size_bytes, self._views.stream())
+                    at += block.size_bytes
+            else:
+                self._cast(offer.manifest, layout, target, list(blocks), message.block_bytes)
+            self._views.synchronize()
+        return committed(session, on_progress)
+
+    def _blocks(
+        self,
+        session: Session,
+        extent_bytes: int,
+        block_bytes: int,
+        stack: ExitStack,
+        on_progress: ProgressCallback | None,
+    ) -> Iterator[Mapped]:
+        """The host copy's blocks as they become staged, each mapped for the GPU while the one before is being copied."""
+        count = -(-extent_bytes // block_bytes)
+        for number in range(min(AHEAD, count)):
+            session.send(m.Want(number))
+        for number in range(count):
+            block, (fd,) = expect(session.receive(on_progress), m.Block)
+            try:
+                if block.size_bytes != min(block_bytes, extent_bytes - number * block_bytes):
+                    raise ProtocolError(f"block {number} has {block.size_bytes} bytes")
+                if number + AHEAD < count:
+                    session.send(m.Want(number + AHEAD))
+                mapped = self._driver.map_block_on(fd, block.size_bytes, self._gpu)
+            finally:
+                os.close(fd)
+            stack.callback(mapped.close)
+            # on the way out, whatever the reason, nothing may be unmapped under a queued copy
+            stack.callback(self._views.synchronize)
+            yield mapped
+
+    def _cast(self, source: Manifest, target: Manifest, slab: Mapped, blocks: list[Mapped], block_bytes: int) -> None:
+        """Bring each tensor's bytes to scratch memory and cast it into its place."""
+        keep = SlabMap(_Borrowed(slab), _NO_SESSION, self._views.synchronize)
+        views = self._views.plain(keep, target)
+        scratch = self._views.empty(max((t.nbytes for t in source.tensors), default=0))
+        for extent in source.tensors:
+            at = 0
+            while at < extent.nbytes:
+                number, offset = divmod(extent.place + at, block_bytes)
+                size = min(extent.nbytes - at, block_bytes - offset)
+                address = scratch.data_ptr() + at
+                self._driver.copy(address, blocks[number].address + offset, size, self._views.stream())
+                at += size
+            if extent.nbytes:
+                raw = scratch[: extent.nbytes].view(edge.torch_dtype(extent))
+                views[extent.name].copy_(raw.view(edge.torch_shape(extent.dtype, extent.shape)))
+
+
+class _Borrowed:
+    """A map that somebody else closes."""
+
+    def __init__(self, mapped: Mapped) -> None:
+        self.address = mapped.address
+        self.size_bytes = mapped.size_bytes
+
+    def close(self) -> None:
+        """Leave it."""
+
+
+class _NoSession:
+    def close(self) -> None:
+        """There is none."""
+
+
+_NO_SESSION: Any = _NoSession()
+
+
+def cast_manifest(manifest: Manifest, dtype: str) -> Manifest:
+    """The manifest of the entry, planned anew, with floating-point tensors as ``dtype``; the same object if none changes."""
+    if not dtype:
+        return manifest
+    tensors = [_cast_extent(tensor, dtype) for tensor in manifest.tensors]
+    if all(new is old for new, old in zip(tensors, manifest.tensors, strict=True)):
+        return manifest
+    return msgspec.structs.replace(place_tensors(tensors, (), manifest.metadata), members=manifest.members)
+
+
+def _cast_extent(tensor: Extent, dtype: str) -> Extent:
+    if tensor.dtype == dtype or not edge.torch_dtype(tensor).is_floating_point or tensor.dtype == "F4":
+        return tensor
+    nbytes = nbytes_of(dtype, tensor.shape)
+    assert nbytes is not None
+    return msgspec.structs.replace(tensor, dtype=dtype, nbytes=nbytes)
+
+
+@cache
+def _driver() -> Driver:
+    return open_driver()
+
+
+@cache
+def find_device(device: torch.device) -> Device:
+    """The GPU behind torch's name for it. DriverError if the driver cannot share its memory."""
+    driver = _driver()
+    gpus = driver.gpus()
+    ordinal = device.index if device.index is not None else edge.current_ordinal()
+    if ordinal >= len(gpus):
+        raise InvalidOption(f"device {device}: there are {len(gpus)} GPUs")
+    emulated: Mapping[str, Any] = getattr(driver, "emulation", {})
+    resolved = torch.device("cuda", ordinal)
+    views = emulated["views"]() if emulated else CudaViews(resolved)
+    return Device(driver, gpus[ordinal], emulated.get("device", resolved), views)
