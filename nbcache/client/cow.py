@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import gc
+import operator
 import os
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -79,19 +80,20 @@ class Adoption:
         assert self._slab is not None
         start, private = self._slab.address, 0
         found: dict[str, torch.Tensor] = {}
-        with torch.cuda.use_mem_pool(self.pool, self._device):
-            for extent in sorted(manifest.tensors, key=lambda t: t.place):
-                shape = edge.torch_shape(extent.dtype, extent.shape)
-                base = torch.empty(shape, dtype=edge.torch_dtype(extent), device=self._device)
+        dtypes = edge.dtypes_of(manifest)
+        empty, device, keep, watch = torch.empty, self._device, self.bases.append, self.clones.append
+        with torch.cuda.use_mem_pool(self.pool, device):
+            for extent in sorted(manifest.tensors, key=_place):
+                base = empty(edge.torch_shape(extent.dtype, extent.shape), dtype=dtypes[extent.dtype], device=device)
                 if not extent.nbytes:
                     found[extent.name] = base
                     continue
-                self.bases.append(base)
+                keep(base)
                 if base.data_ptr() != start + extent.place:
                     private += extent.nbytes
                     continue
                 clone = torch._lazy_clone(base)
-                self.clones.append(StorageWeakRef(clone.untyped_storage()))
+                watch(StorageWeakRef(clone.untyped_storage()))
                 found[extent.name] = clone
         return found, private
 
@@ -108,6 +110,9 @@ class Adoption:
         self.bases.clear()
         self.pool = None
         self._slab = None
+
+
+_place = operator.attrgetter("place")
 
 
 def _address(function: Any) -> int:  # noqa: ANN401 - a ctypes function

@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack, closing
 from functools import cache
 from typing import Any, Protocol
 
@@ -61,6 +61,9 @@ class Views(Protocol):
     def stream(self) -> int:
         """The stream that copies are queued on."""
 
+    def mark(self) -> Callable[[], None]:
+        """Remember what is queued so far; the answer waits for it."""
+
     def empty(self, nbytes: int) -> torch.Tensor:
         """Scratch bytes on the device."""
 
@@ -76,17 +79,18 @@ class CudaViews:
         torch.cuda.init()
 
     def plain(self, slab: SlabMap, manifest: Manifest) -> dict[str, torch.Tensor]:
-        """See :class:`Views`. All share one storage, the slab's."""
-        storage = torch.as_tensor(_CudaArray(slab), device=self._device).untyped_storage()
-        return {t.name: self._one(storage, t) for t in manifest.tensors}
-
-    def _one(self, storage: torch.UntypedStorage, extent: Extent) -> torch.Tensor:
-        dtype = edge.torch_dtype(extent)
-        shape = edge.torch_shape(extent.dtype, extent.shape)
-        tensor = torch.empty(0, dtype=dtype, device=self._device)
-        if not extent.nbytes:
-            return tensor.reshape(shape)
-        return tensor.set_(storage, extent.place // dtype.itemsize, shape)  # type: ignore[call-overload, no-any-return]
+        """See :class:`Views`. All are views of one array, the slab."""
+        whole = torch.as_tensor(_CudaArray(slab), device=self._device)
+        typed = {name: whole.view(dtype) for name, dtype in edge.dtypes_of(manifest).items()}
+        found = {}
+        for name, dtype_name, shape, _, _, nbytes, place in map(msgspec.structs.astuple, manifest.tensors):
+            base = typed[dtype_name]
+            shape = edge.torch_shape(dtype_name, shape)
+            if nbytes:
+                found[name] = base.as_strided(shape, _strides(shape), place // base.itemsize)
+            else:
+                found[name] = torch.empty(shape, dtype=base.dtype, device=self._device)
+        return found
 
     def cow(self, slab: SlabMap, manifest: Manifest) -> tuple[dict[str, torch.Tensor], int]:
         """See :class:`Views`."""
@@ -100,6 +104,12 @@ class CudaViews:
         """See :class:`Views`."""
         return int(torch.cuda.current_stream(self._device).cuda_stream)
 
+    def mark(self) -> Callable[[], None]:
+        """See :class:`Views`."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event.synchronize
+
     def empty(self, nbytes: int) -> torch.Tensor:
         """See :class:`Views`."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
@@ -107,6 +117,14 @@ class CudaViews:
     def current(self) -> contextlib.AbstractContextManager[object]:
         """See :class:`Views`."""
         return torch.cuda.device(self._device)
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of a contiguous tensor."""
+    strides = [1]
+    for size in shape[:0:-1]:
+        strides.append(strides[-1] * size)
+    return tuple(reversed(strides)) if shape else ()
 
 
 class _CudaArray:
@@ -186,26 +204,38 @@ class Device:
             stack.callback(os.close, fd)
             target = self._driver.map_slab(fd, layout.extent_bytes, self._gpu, Access.WRITE)
             stack.callback(target.close)
-            blocks = self._blocks(session, offer.manifest.extent_bytes, message.block_bytes, stack, on_progress)
-            if layout is offer.manifest:
-                at = target.address
-                for block in blocks:
-                    self._driver.copy(at, block.address, block.size_bytes, self._views.stream())
-                    at += block.size_bytes
-            else:
-                self._cast(offer.manifest, layout, target, list(blocks), message.block_bytes)
+            with closing(self._blocks(session, offer.manifest.extent_bytes, message.block_bytes, on_progress)) as blocks:
+                if layout is offer.manifest:
+                    self._copy(target, blocks)
+                else:
+                    self._cast(offer.manifest, layout, target, blocks, message.block_bytes)
             self._views.synchronize()
         return committed(session, on_progress)
+
+    def _copy(self, target: Mapped, blocks: Iterator[Mapped]) -> None:
+        """One straight copy a block; a block is unmapped while the next one is copied."""
+        at, before, copied = target.address, None, _nothing
+        try:
+            for block in blocks:
+                self._driver.copy(at, block.address, block.size_bytes, self._views.stream())
+                at += block.size_bytes
+                copied()
+                if before is not None:
+                    before.close()
+                before, copied = block, self._views.mark()
+        finally:
+            self._views.synchronize()  # nothing may be unmapped under a queued copy
+            if before is not None:
+                before.close()
 
     def _blocks(
         self,
         session: Session,
         extent_bytes: int,
         block_bytes: int,
-        stack: ExitStack,
         on_progress: ProgressCallback | None,
-    ) -> Iterator[Mapped]:
-        """The host copy's blocks as they become staged, each mapped for the GPU while the one before is being copied."""
+    ) -> Generator[Mapped]:
+        """The host copy's blocks as they become staged, mapped for the GPU; whoever takes one closes it."""
         count = -(-extent_bytes // block_bytes)
         for number in range(min(AHEAD, count)):
             session.send(m.Want(number))
@@ -219,27 +249,40 @@ class Device:
                 mapped = self._driver.map_block_on(fd, block.size_bytes, self._gpu)
             finally:
                 os.close(fd)
-            stack.callback(mapped.close)
-            # on the way out, whatever the reason, nothing may be unmapped under a queued copy
-            stack.callback(self._views.synchronize)
             yield mapped
 
-    def _cast(self, source: Manifest, target: Manifest, slab: Mapped, blocks: list[Mapped], block_bytes: int) -> None:
-        """Bring each tensor's bytes to scratch memory and cast it into its place."""
-        keep = SlabMap(_Borrowed(slab), _NO_SESSION, self._views.synchronize)
-        views = self._views.plain(keep, target)
+    def _cast(self, source: Manifest, target: Manifest, slab: Mapped, blocks: Iterator[Mapped], block_bytes: int) -> None:
+        """Bring each tensor's bytes to scratch memory, in the order of their places, and cast it into its own."""
+        views = self._views.plain(SlabMap(_Borrowed(slab), _NO_SESSION, self._views.synchronize), target)
         scratch = self._views.empty(max((t.nbytes for t in source.tensors), default=0))
-        for extent in source.tensors:
-            at = 0
-            while at < extent.nbytes:
-                number, offset = divmod(extent.place + at, block_bytes)
-                size = min(extent.nbytes - at, block_bytes - offset)
-                address = scratch.data_ptr() + at
-                self._driver.copy(address, blocks[number].address + offset, size, self._views.stream())
-                at += size
-            if extent.nbytes:
-                raw = scratch[: extent.nbytes].view(edge.torch_dtype(extent))
-                views[extent.name].copy_(raw.view(edge.torch_shape(extent.dtype, extent.shape)))
+        with ExitStack() as stack:
+            mapped: list[Mapped] = []
+            stack.callback(self._views.synchronize)
+            for extent in sorted(source.tensors, key=lambda t: t.place):
+                at = 0
+                while at < extent.nbytes:
+                    number, offset = divmod(extent.place + at, block_bytes)
+                    while len(mapped) <= number:
+                        mapped.append(next(blocks))
+                        stack.push(_closing_after(self._views.synchronize, mapped[-1]))
+                    size = min(extent.nbytes - at, block_bytes - offset)
+                    self._driver.copy(scratch.data_ptr() + at, mapped[number].address + offset, size, self._views.stream())
+                    at += size
+                if extent.nbytes:
+                    raw = scratch[: extent.nbytes].view(edge.torch_dtype(extent))
+                    views[extent.name].copy_(raw.view(edge.torch_shape(extent.dtype, extent.shape)))
+
+
+def _closing_after(synchronize: Callable[[], None], mapped: Mapped) -> Callable[..., None]:
+    def close(*_: object) -> None:
+        synchronize()
+        mapped.close()
+
+    return close
+
+
+def _nothing() -> None:
+    """Nothing was copied yet."""
 
 
 class _Borrowed:

@@ -65,6 +65,12 @@ def torch_dtype(extent: Extent) -> torch.dtype:
         ) from None
 
 
+def dtypes_of(manifest: Manifest) -> dict[str, torch.dtype]:
+    """Torch's dtype for each that a manifest has. UnsupportedFormat if this torch lacks one."""
+    found = {tensor.dtype: tensor for tensor in manifest.tensors}
+    return {name: torch_dtype(tensor) for name, tensor in found.items()}
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """A manifest's name for a dtype of torch's. InvalidOption if it has none."""
     if dtype not in _MANIFEST_DTYPES:
