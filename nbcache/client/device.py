@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, Protocol
 
@@ -33,10 +33,35 @@ AHEAD = 2
 class SlabMap:
     """A read-only map of a slab, and the lease on it. Both end when the last reference goes, once queued work is done."""
 
-    def __init__(self, mapped: Mapped, session: Session, synchronize: Callable[[], None]) -> None:
+    def __init__(
+        self, mapped: Mapped, session: Session, synchronize: Callable[[], None], manifest: Manifest, device: int
+    ) -> None:
         self.address = mapped.address
         self.size_bytes = mapped.size_bytes
+        self.manifest = manifest
+        self._device = device
         weakref.finalize(self, _let_go, mapped, session, synchronize, os.getpid()).atexit = False
+
+    def cupy_arrays(self) -> dict[str, Any]:
+        """See :meth:`Weights.cupy`."""
+        import cupy
+
+        memory = cupy.cuda.UnownedMemory(self.address, self.size_bytes, self, self._device)
+        arrays = {}
+        for extent in self.manifest.tensors:
+            dtype = cupy.dtype(_CUPY_DTYPES.get(extent.dtype) or f"u{edge.torch_dtype(extent).itemsize}")
+            shape = edge.torch_shape(extent.dtype, extent.shape)
+            if extent.nbytes:
+                arrays[extent.name] = cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, extent.place))
+            else:
+                arrays[extent.name] = cupy.empty(shape, dtype)
+        return arrays
+
+
+_CUPY_DTYPES = {
+    "BOOL": "?", "U8": "u1", "I8": "i1", "I16": "i2", "U16": "u2", "F16": "f2", "I32": "i4", "U32": "u4", "F32": "f4",
+    "I64": "i8", "U64": "u8", "F64": "f8", "C64": "c8", "C128": "c16",
+}  # fmt: skip
 
 
 def _let_go(mapped: Mapped, session: Session, synchronize: Callable[[], None], owner: int) -> None:
@@ -60,9 +85,6 @@ class Views(Protocol):
 
     def stream(self) -> int:
         """The stream that copies are queued on."""
-
-    def mark(self) -> Callable[[], None]:
-        """Remember what is queued so far; the answer waits for it."""
 
     def empty(self, nbytes: int) -> torch.Tensor:
         """Scratch bytes on the device."""
@@ -103,12 +125,6 @@ class CudaViews:
     def stream(self) -> int:
         """See :class:`Views`."""
         return int(torch.cuda.current_stream(self._device).cuda_stream)
-
-    def mark(self) -> Callable[[], None]:
-        """See :class:`Views`."""
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
-        return event.synchronize
 
     def empty(self, nbytes: int) -> torch.Tensor:
         """See :class:`Views`."""
@@ -172,7 +188,7 @@ class Device:
     def _over_slab(self, grant: Grant, layout: Manifest, share: Share) -> Loaded:
         try:
             mapped = self._driver.map_slab(grant.fd, layout.extent_bytes, self._gpu, Access.READ)
-            slab = SlabMap(mapped, grant.session, self._views.synchronize)
+            slab = SlabMap(mapped, grant.session, self._views.synchronize, layout, self._gpu.ordinal)
             os.close(grant.take_fd())
         except BaseException:
             grant.close()
@@ -199,43 +215,36 @@ class Device:
                 return found
             if found is None:
                 raise EntryNotFound(f"{offer.key}: evicted while its slab was to be filled; load it again")
-        with ExitStack() as stack:
-            fd = descriptors[0]
-            stack.callback(os.close, fd)
-            target = self._driver.map_slab(fd, layout.extent_bytes, self._gpu, Access.WRITE)
-            stack.callback(target.close)
-            with closing(self._blocks(session, offer.manifest.extent_bytes, message.block_bytes, on_progress)) as blocks:
-                if layout is offer.manifest:
-                    self._copy(target, blocks)
-                else:
-                    self._cast(offer.manifest, layout, target, blocks, message.block_bytes)
-            self._views.synchronize()
+        (fd,) = descriptors
+        mapped: list[Mapped] = []
+        try:
+            mapped.append(self._driver.map_slab(fd, layout.extent_bytes, self._gpu, Access.WRITE))
+            blocks = self._blocks(session, offer.manifest.extent_bytes, message.block_bytes, mapped, on_progress)
+            if layout is offer.manifest:
+                self._copy(mapped[0].address, blocks)
+            else:
+                self._cast(offer.manifest, layout, mapped[0], blocks, message.block_bytes)
+        finally:
+            os.close(fd)
+            self._views.synchronize()  # nothing may be unmapped under a queued copy, nor committed
+            _unmap_later(mapped)
         return committed(session, on_progress)
 
-    def _copy(self, target: Mapped, blocks: Iterator[Mapped]) -> None:
-        """One straight copy a block; a block is unmapped while the next one is copied."""
-        at, before, copied = target.address, None, _nothing
-        try:
-            for block in blocks:
-                self._driver.copy(at, block.address, block.size_bytes, self._views.stream())
-                at += block.size_bytes
-                copied()
-                if before is not None:
-                    before.close()
-                before, copied = block, self._views.mark()
-        finally:
-            self._views.synchronize()  # nothing may be unmapped under a queued copy
-            if before is not None:
-                before.close()
+    def _copy(self, target: int, blocks: Iterator[Mapped]) -> None:
+        """One straight copy a block."""
+        for block in blocks:
+            self._driver.copy(target, block.address, block.size_bytes, self._views.stream())
+            target += block.size_bytes
 
     def _blocks(
         self,
         session: Session,
         extent_bytes: int,
         block_bytes: int,
+        mapped: list[Mapped],
         on_progress: ProgressCallback | None,
-    ) -> Generator[Mapped]:
-        """The host copy's blocks as they become staged, mapped for the GPU; whoever takes one closes it."""
+    ) -> Iterator[Mapped]:
+        """The host copy's blocks as they become staged, each mapped for the GPU, and added to ``mapped``, while others copy."""
         count = -(-extent_bytes // block_bytes)
         for number in range(min(AHEAD, count)):
             session.send(m.Want(number))
@@ -246,43 +255,40 @@ class Device:
                     raise ProtocolError(f"block {number} has {block.size_bytes} bytes")
                 if number + AHEAD < count:
                     session.send(m.Want(number + AHEAD))
-                mapped = self._driver.map_block_on(fd, block.size_bytes, self._gpu)
+                mapped.append(self._driver.map_block_on(fd, block.size_bytes, self._gpu))
             finally:
                 os.close(fd)
-            yield mapped
+            yield mapped[-1]
 
     def _cast(self, source: Manifest, target: Manifest, slab: Mapped, blocks: Iterator[Mapped], block_bytes: int) -> None:
         """Bring each tensor's bytes to scratch memory, in the order of their places, and cast it into its own."""
-        views = self._views.plain(SlabMap(_Borrowed(slab), _NO_SESSION, self._views.synchronize), target)
+        views = self._views.plain(
+            SlabMap(_Borrowed(slab), _NO_SESSION, self._views.synchronize, target, self._gpu.ordinal), target
+        )
         scratch = self._views.empty(max((t.nbytes for t in source.tensors), default=0))
-        with ExitStack() as stack:
-            mapped: list[Mapped] = []
-            stack.callback(self._views.synchronize)
-            for extent in sorted(source.tensors, key=lambda t: t.place):
-                at = 0
-                while at < extent.nbytes:
-                    number, offset = divmod(extent.place + at, block_bytes)
-                    while len(mapped) <= number:
-                        mapped.append(next(blocks))
-                        stack.push(_closing_after(self._views.synchronize, mapped[-1]))
-                    size = min(extent.nbytes - at, block_bytes - offset)
-                    self._driver.copy(scratch.data_ptr() + at, mapped[number].address + offset, size, self._views.stream())
-                    at += size
-                if extent.nbytes:
-                    raw = scratch[: extent.nbytes].view(edge.torch_dtype(extent))
-                    views[extent.name].copy_(raw.view(edge.torch_shape(extent.dtype, extent.shape)))
+        at_hand: list[Mapped] = []
+        for extent in sorted(source.tensors, key=lambda t: t.place):
+            at = 0
+            while at < extent.nbytes:
+                number, offset = divmod(extent.place + at, block_bytes)
+                while len(at_hand) <= number:
+                    at_hand.append(next(blocks))
+                size = min(extent.nbytes - at, block_bytes - offset)
+                self._driver.copy(scratch.data_ptr() + at, at_hand[number].address + offset, size, self._views.stream())
+                at += size
+            if extent.nbytes:
+                raw = scratch[: extent.nbytes].view(edge.torch_dtype(extent))
+                views[extent.name].copy_(raw.view(edge.torch_shape(extent.dtype, extent.shape)))
 
 
-def _closing_after(synchronize: Callable[[], None], mapped: Mapped) -> Callable[..., None]:
-    def close(*_: object) -> None:
-        synchronize()
-        mapped.close()
+def _unmap_later(mapped: list[Mapped]) -> None:
+    """Unmap in the background: 24 GB of host blocks take a tenth of a second that nobody need wait for."""
 
-    return close
+    def unmap() -> None:
+        for each in mapped:
+            each.close()
 
-
-def _nothing() -> None:
-    """Nothing was copied yet."""
+    threading.Thread(target=unmap, name="nbcache-unmap", daemon=True).start()
 
 
 class _Borrowed:

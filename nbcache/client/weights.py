@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nbcache.client.options import Loaded, Options, Share
-from nbcache.errors import WeightsReleased
+from nbcache.errors import InvalidOption, WeightsReleased
 from nbcache.units import format_size
 
 if TYPE_CHECKING:
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 if "torch" in sys.modules:  # where torch is there already, its edge is imported now and not in the first load
     import nbcache.client.loading  # noqa: F401
+    from nbcache.memory import driver
+
+    driver.preload()
 
 
 class Weights(Mapping[str, "torch.Tensor"]):
@@ -60,6 +63,17 @@ class Weights(Mapping[str, "torch.Tensor"]):
 
     def __len__(self) -> int:
         return len(self._live())
+
+    def cupy(self) -> dict[str, Any]:
+        """CuPy arrays over the same bytes, read-only memory of the slab, without a private copy; for weights on a GPU.
+
+        A dtype that CuPy lacks (bfloat16, the 8-bit floats) comes as unsigned integers of its width. InvalidOption if the weights
+        are not in a slab (on the CPU); WeightsReleased.
+        """
+        self._live()
+        if self._slab is None:
+            raise InvalidOption(f"{self.name}: on {self.device}, without a slab; load it with device='cuda' for CuPy arrays")
+        return self._slab.cupy_arrays()
 
     @property
     def released(self) -> bool:

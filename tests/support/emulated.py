@@ -71,9 +71,6 @@ class EmulatedViews:
     def stream(self) -> int:
         return 0
 
-    def mark(self):
-        return lambda: None
-
     def empty(self, nbytes: int):
         import torch
 
