@@ -24,6 +24,7 @@
     │   ├── DaemonUnresponsive       it kept silent for longer than the timeout
     │   └── VersionMismatch          it speaks another protocol
     ├── ProtocolError              a message that breaks the protocol
+    ├── BenchmarkFailed            a measurement could not be made, or measured something else
     └── UnsupportedPlatform        not Linux
 
 Messages name the object, the numbers and the remedy. Over the wire an error travels as its class name and message
@@ -119,6 +120,10 @@ class VersionMismatch(DaemonError):
 
 class ProtocolError(NBCacheError):
     """A message that breaks the protocol. It costs the connection, never the daemon."""
+
+
+class BenchmarkFailed(NBCacheError):
+    """A measurement could not be made, or what ran was not what was to be measured."""
 
 
 class UnsupportedPlatform(NBCacheError):

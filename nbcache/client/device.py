@@ -154,11 +154,12 @@ class _CudaArray:
 
 
 class Device:
-    """One GPU of this process. ``device`` is torch's name for it."""
+    """One GPU of this process. ``device`` is where its tensors are: itself, or the CPU that stands for an emulated one."""
 
     def __init__(self, driver: Driver, gpu: Gpu, device: torch.device, views: Views) -> None:
         self._driver = driver
         self._gpu = gpu
+        self._name = torch.device("cuda", gpu.ordinal)
         self._device = device
         self._views = views
 
@@ -201,7 +202,7 @@ class Device:
         if share == "private":
             tensors = edge.convert(tensors, self._device, None, copy=True)
             private_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        return Loaded(tensors, grant.key, grant.name, self._device, grant.manifest.metadata, private_bytes, grant.hit, slab)
+        return Loaded(tensors, grant.key, grant.name, self._name, grant.manifest.metadata, private_bytes, grant.hit, slab)
 
     def _fill(self, offer: Offer, layout: Manifest, dtype: str, on_progress: ProgressCallback | None) -> Grant:
         """Fill the slab that was offered, commit it, and hold it. If another client was quicker, hold what it filled."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from nbcache.checkpoints.catalog import Checkpoint, describe, resolve
 from nbcache.client.session import ProgressCallback, Session, expect
-from nbcache.errors import CheckpointNotFound, EntryNotFound, InvalidName, ProtocolError
+from nbcache.errors import CheckpointNotFound, DaemonLost, EntryNotFound, InvalidName, ProtocolError
 from nbcache.manifest import MAX_MANIFEST_BYTES, Fingerprint, Manifest, decode_manifest, encode_manifest
 from nbcache.memory.shared import SharedBlock, read_sealed, seal_bytes
 from nbcache.protocol import messages as m
@@ -124,6 +124,15 @@ def _check_speakable(name: str) -> None:
 
 
 def _ask(find: m.Find, start: bool, on_progress: ProgressCallback | None) -> Grant | Offer | None:
+    try:
+        return _ask_once(find, start, on_progress)
+    except DaemonLost:  # it was just dying as we connected; the next one is another
+        if not start:
+            raise
+        return _ask_once(find, start, on_progress)
+
+
+def _ask_once(find: m.Find, start: bool, on_progress: ProgressCallback | None) -> Grant | Offer | None:
     session = Session.open(start)
     try:
         return read_answer(session, session.request(find, on_progress=on_progress))

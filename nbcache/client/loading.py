@@ -45,7 +45,7 @@ def _load(get: Acquire, options: Options, on_progress: ProgressCallback | None) 
         return gpu.load(get, dtype, options.share, on_progress)
     except DriverError as error:
         warnings.warn(f"no shared GPU memory: {error}; copying to {device}", NoSharedGpuMemory, stacklevel=4)
-        return over_host(_granted(get(Wish())), device, dtype, private=True)
+        return over_host(_granted(get(Wish())), edge.real_device(device), dtype, private=True)
 
 
 def _granted(found: Grant | Offer) -> Grant:

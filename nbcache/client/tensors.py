@@ -102,6 +102,11 @@ def resolve_device(device: object) -> torch.device:
     return resolved
 
 
+def real_device(device: torch.device) -> torch.device:
+    """The device itself; for an emulated GPU, the CPU that stands for it."""
+    return torch.device("cpu") if EMULATED else device
+
+
 def current_ordinal() -> int:
     """The number of the GPU that torch uses when none is named."""
     return 0 if EMULATED else torch.cuda.current_device()

@@ -67,8 +67,8 @@ class Weights(Mapping[str, "torch.Tensor"]):
     def cupy(self) -> dict[str, Any]:
         """CuPy arrays over the same bytes, read-only memory of the slab, without a private copy; for weights on a GPU.
 
-        A dtype that CuPy lacks (bfloat16, the 8-bit floats) comes as unsigned integers of its width. InvalidOption if the weights
-        are not in a slab (on the CPU); WeightsReleased.
+        A dtype that CuPy lacks (bfloat16, the 8-bit floats) comes as unsigned integers of its width. InvalidOption if the
+        weights are not in a slab (on the CPU); WeightsReleased.
         """
         self._live()
         if self._slab is None:

@@ -1,7 +1,7 @@
 """A GPU driver without a GPU: device memory is memfds, maps are real maps, read-only ones fault in other processes too.
 
 Stands in for :class:`nbcache.memory.driver.CudaDriver` under the same contract suite, so that CI runs the whole path. What it
-cannot stand for: asynchronous copies, and torch's caching allocator (copy-on-write through a memory pool), which are tested on a GPU.
+cannot stand for, asynchronous copies and torch's caching allocator (copy-on-write through a memory pool), is tested on a GPU.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def make() -> EmulatedDriver:
 class EmulatedDriver:
     """Two GPUs of ``limit_bytes`` each. ``failures`` names what is to fail, read anew at each call from ``failures_file``.
 
-    Failures: ``memory`` (no slab fits), ``export`` (nothing can be created), ``import`` (nothing can be mapped), ``copy:N`` (the Nth
-    copy of this process fails).
+    Failures: ``memory`` (no slab fits), ``export`` (nothing can be created), ``import`` (nothing can be mapped), ``copy:N`` (a
+    process's Nth copy).
     """
 
     open_arrays = staticmethod(lambda: plain_array)
