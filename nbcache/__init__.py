@@ -19,6 +19,7 @@ __all__ = [
     "errors",
     "evict",
     "evict_all",
+    "free_gpu",
     "load",
     "pin",
     "put",
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
     from nbcache import errors
-    from nbcache.client.api import evict, evict_all, load, pin, put, status, unpin
+    from nbcache.client.api import evict, evict_all, free_gpu, load, pin, put, status, unpin
     from nbcache.client.weights import Weights
     from nbcache.errors import NBCacheError
 

@@ -10,6 +10,7 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 import psutil
@@ -28,6 +29,17 @@ class NBCache(Configurable):
         "group this process is in, has. Environment: NBCACHE_HOST_LIMIT.",
     ).tag(config=True)
 
+    gpu_keep_s = Float(
+        600.0,
+        help="Seconds that weights nobody uses stay on a GPU; 0: not at all, -1: until the memory is needed. "
+        "Environment: NBCACHE_GPU_KEEP_S.",
+    ).tag(config=True)
+
+    gpu_low_watermark = Unicode(
+        "2GB",
+        help="Free memory of a GPU below which weights that nobody uses leave it. Environment: NBCACHE_GPU_LOW_WATERMARK.",
+    ).tag(config=True)
+
     start_timeout_s = Float(
         20.0, help="Seconds to wait for a daemon that is being started. Environment: NBCACHE_START_TIMEOUT_S."
     ).tag(config=True)
@@ -40,6 +52,14 @@ class NBCache(Configurable):
     def _default_host_limit(self) -> str:
         return os.environ.get("NBCACHE_HOST_LIMIT", "")
 
+    @default("gpu_keep_s")
+    def _default_gpu_keep_s(self) -> float:
+        return _float_from_environment("NBCACHE_GPU_KEEP_S", 600.0)
+
+    @default("gpu_low_watermark")
+    def _default_gpu_low_watermark(self) -> str:
+        return os.environ.get("NBCACHE_GPU_LOW_WATERMARK", "2GB")
+
     @default("start_timeout_s")
     def _default_start_timeout_s(self) -> float:
         return _float_from_environment("NBCACHE_START_TIMEOUT_S", 20.0)
@@ -48,14 +68,15 @@ class NBCache(Configurable):
     def _default_reply_timeout_s(self) -> float:
         return _float_from_environment("NBCACHE_REPLY_TIMEOUT_S", 20.0)
 
-    @validate("host_limit")
-    def _check_host_limit(self, proposal: dict[str, str]) -> str:
+    @validate("host_limit", "gpu_low_watermark")
+    def _check_size(self, proposal: Any) -> str:  # noqa: ANN401 - traitlets gives a bunch
+        value: str = proposal["value"]
         try:
-            if proposal["value"]:
-                parse_size(proposal["value"])
+            if value or proposal["trait"].name != "host_limit":
+                parse_size(value)
         except InvalidOption as error:
-            raise TraitError(f"NBCache.host_limit: {error}") from error
-        return proposal["value"]
+            raise TraitError(f"NBCache.{proposal['trait'].name}: {error}") from error
+        return value
 
     def host_limit_bytes(self) -> int:
         """The host tier's limit now. Asked again each time: some machines' memory grows as it is used."""

@@ -13,6 +13,8 @@
     ├── EntryNotFound              no cached entry of that name
     ├── EntryInUse                 an entry that is leased or pinned was to be evicted
     ├── HostMemoryFull             the host tier has no room that policy may free
+    ├── DeviceMemoryFull           a GPU has no room for a slab
+    ├── DriverError                the GPU driver refused something
     ├── InvalidName                a name that cannot be a name
     ├── InvalidOption              a device, share mode, dtype or size that does not exist
     ├── WeightsReleased            a released ``Weights`` was asked for a tensor
@@ -22,6 +24,7 @@
     │   ├── DaemonUnresponsive       it kept silent for longer than the timeout
     │   └── VersionMismatch          it speaks another protocol
     ├── ProtocolError              a message that breaks the protocol
+    ├── BenchmarkFailed            a measurement could not be made, or measured something else
     └── UnsupportedPlatform        not Linux
 
 Messages name the object, the numbers and the remedy. Over the wire an error travels as its class name and message
@@ -75,6 +78,14 @@ class HostMemoryFull(NBCacheError):
     """The host tier has no room for the entry, and policy may not free enough."""
 
 
+class DeviceMemoryFull(NBCacheError):
+    """A GPU has no room for a slab, even without the idle ones."""
+
+
+class DriverError(NBCacheError):
+    """The GPU driver is not there, or refused something. Loads fall back to ordinary copies."""
+
+
 class InvalidName(NBCacheError):
     """A string that cannot be the name of an entry."""
 
@@ -109,6 +120,10 @@ class VersionMismatch(DaemonError):
 
 class ProtocolError(NBCacheError):
     """A message that breaks the protocol. It costs the connection, never the daemon."""
+
+
+class BenchmarkFailed(NBCacheError):
+    """A measurement could not be made, or what ran was not what was to be measured."""
 
 
 class UnsupportedPlatform(NBCacheError):

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from nbcache.client.fill import acquire, put_bytes, spellings
+from nbcache.client.fill import Grant, Wish, acquire, put_bytes, spellings
+from nbcache.client.options import Options, Share
 from nbcache.client.session import ProgressCallback, Session, expect
-from nbcache.client.weights import Options, Share, Weights
+from nbcache.client.weights import Weights
 from nbcache.manifest import MAX_MANIFEST_BYTES
 from nbcache.memory.shared import read_sealed
 from nbcache.protocol import messages as m
@@ -43,9 +44,11 @@ def load(
     CheckpointError and its kinds, UnsupportedFormat, HostMemoryFull, InvalidName, InvalidOption, DaemonError: see
     :mod:`nbcache.errors`. Nothing stays behind after any of them.
     """
+    from nbcache.client.loading import load_name
+
     options = Options(device, dtype, share)
     options.check()
-    return Weights.over(acquire(name, on_progress=on_progress), options)
+    return Weights(load_name(name, options, on_progress), options)
 
 
 def put(name: str, value: object, metadata: Mapping[str, str] | None = None) -> Weights:
@@ -57,11 +60,13 @@ def put(name: str, value: object, metadata: Mapping[str, str] | None = None) -> 
     Raises UnsupportedFormat for values without plain bytes, InvalidName, HostMemoryFull, DaemonError.
     """
     from nbcache.client import tensors as edge
+    from nbcache.client.loading import over_host
 
     tensors = edge.flatten(value)
     manifest = edge.plan_put(tensors, metadata or {})
     grant = put_bytes(name, manifest, lambda area: edge.write_tensors(tensors, manifest, area))
-    return Weights.over(grant, Options(device="cpu"))
+    device = edge.resolve_device("cpu")
+    return Weights(over_host(grant, device, None, private=False), Options(device="cpu"))
 
 
 _status_decoder = msgspec.json.Decoder(m.Status)
@@ -92,6 +97,12 @@ def _evict(message: m.Evict) -> m.Evicted:
         return expect(session.request(message), m.Evicted)[0]
 
 
+def free_gpu(name: str = "") -> m.Evicted:
+    """Drop the slabs that nobody uses, all or one entry's; host copies stay. EntryNotFound, DaemonUnavailable."""
+    with Session.open(start=False) as session:
+        return expect(session.request(m.FreeGpu(spellings(name) if name else ())), m.Evicted)[0]
+
+
 def pin(name: str) -> None:
     """Keep an entry however full the tier gets. EntryNotFound, DaemonUnavailable."""
     _pin(name, True)
@@ -112,7 +123,8 @@ def stage(name: str, pinned: bool = False, on_progress: ProgressCallback | None 
 
     Raises as :func:`load`.
     """
-    grant = acquire(name, on_progress=on_progress)
+    grant = acquire(name, Wish(warm=True), on_progress)
+    assert isinstance(grant, Grant)
     try:
         if pinned:
             expect(grant.session.request(m.Pin((grant.key,), True)), m.Done)

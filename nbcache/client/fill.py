@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from nbcache.checkpoints.catalog import Checkpoint, describe, resolve
 from nbcache.client.session import ProgressCallback, Session, expect
-from nbcache.errors import CheckpointNotFound, EntryNotFound, InvalidName, ProtocolError
+from nbcache.errors import CheckpointNotFound, DaemonLost, EntryNotFound, InvalidName, ProtocolError
 from nbcache.manifest import MAX_MANIFEST_BYTES, Fingerprint, Manifest, decode_manifest, encode_manifest
-from nbcache.memory.shared import SharedBlock, map_private, read_sealed, seal_bytes
+from nbcache.memory.shared import SharedBlock, read_sealed, seal_bytes
 from nbcache.protocol import messages as m
 from nbcache.protocol.wire import close_all
 
@@ -27,9 +27,10 @@ class SourceGone(UserWarning):
 
 @dataclass(frozen=True)
 class Grant:
-    """A lease on an entry's bytes. Owns the session; :meth:`close` it, or let the map's owner do so.
+    """A lease on an entry's bytes. Owns the session and ``fd``; :meth:`close` it, or hand both on.
 
-    ``area`` maps the bytes privately: writes are this process's own. ``hit`` is False if files were read for it.
+    ``fd`` is the sealed block or the slab, -1 for a pinned host copy, which a client only holds. ``hit`` is False if files were
+    read or a slab was filled for it.
     """
 
     session: Session
@@ -38,33 +39,72 @@ class Grant:
     provenance: str
     hit: bool
     manifest: Manifest
-    area: mmap.mmap
+    fd: int
+
+    def take_fd(self) -> int:
+        """The descriptor, from now on the caller's to close."""
+        fd = self.fd
+        object.__setattr__(self, "fd", -1)
+        return fd
 
     def close(self) -> None:
-        """End the lease. Tensors over ``area`` stay valid: the map goes with the last of them."""
+        """End the lease. What was mapped of it stays valid."""
+        if self.fd >= 0:
+            os.close(self.take_fd())
         self.session.close()
 
 
-def acquire(name: str, start: bool = True, on_progress: ProgressCallback | None = None) -> Grant:
+@dataclass(frozen=True)
+class Offer:
+    """An entry whose slab is yet to be filled, by whoever holds this. Owns the session."""
+
+    session: Session
+    key: str
+    manifest: Manifest
+
+    def close(self) -> None:
+        """Decline."""
+        self.session.close()
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Where an entry is wanted: in a slab, in shared host memory, or (``warm``) in whichever host memory loads will want."""
+
+    device: m.DeviceWish | None = None
+    warm: bool = False
+
+    def find(self, names: tuple[str, ...] = (), key: str = "") -> m.Find:
+        """The question for an entry so wished."""
+        return m.Find(names, key, self.device, self.warm)
+
+
+def acquire(
+    name: str,
+    wish: Wish = Wish(),
+    on_progress: ProgressCallback | None = None,
+) -> Grant | Offer:
     """A lease on the entry of this name, staged first if it is not cached or if its files changed.
 
-    ``name`` is the name of a put entry or a path. Raises what :func:`nbcache.load` documents.
+    ``name`` is the name of a put entry or a path. An Offer is given only for a wished slab. Raises what :func:`nbcache.load`
+    documents.
     """
     names = spellings(name)
     path = names[-1]
-    grant = _find(m.Find(names=names), start, on_progress)
-    if grant is None or _is_fresh(grant, path):
-        return grant or _acquire_files(name, path, start, on_progress)
-    grant.close()
-    return _acquire_files(name, path, start, on_progress)
+    found = _ask(wish.find(names), start=True, on_progress=on_progress)
+    if found is not None:
+        if _is_fresh(found, path):
+            return found
+        found.close()
+    return _acquire_files(name, path, wish, on_progress)
 
 
-def reacquire(key: str, on_progress: ProgressCallback | None = None) -> Grant:
+def reacquire(key: str, wish: Wish, on_progress: ProgressCallback | None = None) -> Grant | Offer:
     """A lease on the entry with this key, whatever its name now means; EntryNotFound if it is gone."""
-    grant = _find(m.Find(key=key), start=False, on_progress=on_progress)
-    if grant is None:
+    found = _ask(wish.find(key=key), start=False, on_progress=on_progress)
+    if found is None:
         raise EntryNotFound(f"{key}: this generation is not cached any more; load it again by name")
-    return grant
+    return found
 
 
 def spellings(name: str) -> tuple[str, ...]:
@@ -83,62 +123,77 @@ def _check_speakable(name: str) -> None:
         raise InvalidName(f"{name!r} cannot be a name")
 
 
-def _find(find: m.Find, start: bool, on_progress: ProgressCallback | None) -> Grant | None:
+def _ask(find: m.Find, start: bool, on_progress: ProgressCallback | None) -> Grant | Offer | None:
+    try:
+        return _ask_once(find, start, on_progress)
+    except DaemonLost:  # it was just dying as we connected; the next one is another
+        if not start:
+            raise
+        return _ask_once(find, start, on_progress)
+
+
+def _ask_once(find: m.Find, start: bool, on_progress: ProgressCallback | None) -> Grant | Offer | None:
     session = Session.open(start)
     try:
-        return _granted(session, session.request(find, on_progress=on_progress))
+        return read_answer(session, session.request(find, on_progress=on_progress))
     except BaseException:
         session.close()
         raise
 
 
-def _granted(session: Session, answer: tuple[m.DaemonMessage, list[int]]) -> Grant | None:
-    """The grant in an answer; None, and the session closed, for Absent."""
-    if isinstance(answer[0], m.Absent):
+def read_answer(session: Session, answer: tuple[m.DaemonMessage, list[int]]) -> Grant | Offer | None:
+    """The grant or offer in an answer; None, and the session closed, for Absent."""
+    message, descriptors = answer
+    if isinstance(message, m.Absent):
         session.close()
         return None
-    granted, descriptors = expect(answer, m.Granted)
-    manifest_fd, block_fd = descriptors
     try:
-        manifest = decode_manifest(read_sealed(manifest_fd, MAX_MANIFEST_BYTES))
-        area = map_private(block_fd, manifest.extent_bytes)
-    finally:
+        if not isinstance(message, m.Granted | m.Vacant):
+            raise ProtocolError(f"the daemon answered {type(message).__name__}, expected Granted or Vacant")
+        manifest = decode_manifest(read_sealed(descriptors[0], MAX_MANIFEST_BYTES))
+    except BaseException:
         close_all(descriptors)
-    return Grant(session, granted.key, granted.name, granted.provenance, not granted.staged, manifest, area)
+        raise
+    os.close(descriptors[0])
+    if isinstance(message, m.Vacant):
+        return Offer(session, message.key, manifest)
+    fd = descriptors[1] if len(descriptors) > 1 else -1
+    return Grant(session, message.key, message.name, message.provenance, not message.staged, manifest, fd)
 
 
-def _is_fresh(grant: Grant, path: str) -> bool:
-    """Whether a granted entry is still what its name means: every file is, by its stat, the one that was read.
+def _is_fresh(found: Grant | Offer, path: str) -> bool:
+    """Whether a found entry is still what its name means: every file is, by its stat, the one that was read.
 
     If a file is gone and the name leads nowhere else, the entry serves on, with a warning.
     """
-    for member in grant.manifest.members:
+    for member in found.manifest.members:
         try:
             if Fingerprint.of(os.stat(member.path)) != member.fingerprint:
                 return False
         except OSError:
             if os.path.exists(path):
                 return False
-            warnings.warn(f"{grant.name}: {member.path} is gone; serving the cached copy", SourceGone, stacklevel=4)
+            warnings.warn(f"{member.path} is gone; serving the cached copy", SourceGone, stacklevel=5)
             return True
     return True
 
 
-def _acquire_files(name: str, path: str, start: bool, on_progress: ProgressCallback | None) -> Grant:
+def _acquire_files(name: str, path: str, wish: Wish, on_progress: ProgressCallback | None) -> Grant | Offer:
     try:
         checkpoint = resolve(path)
     except CheckpointNotFound as error:
         if "/" in name or os.path.exists(path):
             raise
         raise CheckpointNotFound(f"{name}: nothing is cached under that name, and there is no such file or folder") from error
-    session = Session.open(start)
+    session = Session.open()
     try:
-        answer = session.request(m.Find(names=(path,), key=checkpoint.key), on_progress=on_progress)
+        answer = session.request(wish.find((path,), checkpoint.key), on_progress=on_progress)
         if isinstance(answer[0], m.Absent):
             answer = _stage(session, checkpoint, on_progress)
-        grant = _granted(session, answer)
-        assert grant is not None
-        return grant
+        found = read_answer(session, answer)
+        if found is None:
+            raise ProtocolError("the daemon staged an entry and then had none")
+        return found
     except BaseException:
         session.close()
         raise
@@ -184,10 +239,15 @@ def put_bytes(name: str, manifest: Manifest, write: Callable[[mmap.mmap], None])
                 write(area)
         finally:
             block.close()
-        grant = _granted(session, session.request(m.Commit()))
-        if grant is None:
-            raise ProtocolError("the daemon lost what was just committed")
-        return grant
+        return committed(session)
     except BaseException:
         session.close()
         raise
+
+
+def committed(session: Session, on_progress: ProgressCallback | None = None) -> Grant:
+    """Commit what this session filled; the grant of it."""
+    found = read_answer(session, session.request(m.Commit(), on_progress=on_progress))
+    if not isinstance(found, Grant):
+        raise ProtocolError("the daemon lost what was just committed")
+    return found

@@ -105,8 +105,12 @@ class Session:
         Raises what the daemon's Failed names; the session lives on after that. DaemonLost, DaemonUnresponsive, ProtocolError
         and, on the first request, VersionMismatch end it.
         """
+        self.send(message, descriptors)
+        return self.receive(on_progress)
+
+    def receive(self, on_progress: ProgressCallback | None = None) -> tuple[m.DaemonMessage, list[int]]:
+        """Wait for the next answer. As :meth:`request`, for who sends several requests ahead."""
         with self._failing_closed():
-            self._channel.send(message, descriptors)
             if not self.daemon_pid:
                 self._greet()
             while True:
@@ -264,6 +268,9 @@ def _daemon_environment(config: NBCache) -> dict[str, str]:
     inherited = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(entry)]
     environment["PYTHONPATH"] = os.pathsep.join([_PACKAGE_ROOT, *inherited])
     environment["NBCACHE_HOST_LIMIT"] = config.host_limit
+    environment["OPENBLAS_NUM_THREADS"] = (
+        "1"  # numpy comes with CuPy, and the daemon computes nothing: 16 idle threads' buffers
+    )
     return environment
 
 

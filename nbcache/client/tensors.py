@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Mapping
 
 import msgspec
@@ -25,6 +26,9 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 }
 """Torch's dtype for each of a manifest's; an old torch lacks some."""
 
+EMULATED = bool(os.environ.get("NBCACHE_TEST_DRIVER"))
+"""Whether the tests' emulated GPU driver stands in for a real one."""
+
 _MANIFEST_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
@@ -40,18 +44,41 @@ def attach(manifest: Manifest, area: mmap.mmap) -> dict[str, torch.Tensor]:
         for name, dtype_name, shape, _, _, nbytes, place in map(astuple, manifest.tensors):
             dtype = dtypes[dtype_name]
             if not nbytes:
-                tensors[name] = torch.empty(_torch_shape(dtype_name, shape), dtype=dtype)
+                tensors[name] = torch.empty(torch_shape(dtype_name, shape), dtype=dtype)
                 continue
             tensor = frombuffer(area, dtype=dtype, count=nbytes // dtype.itemsize, offset=place)
             if len(shape) != 1:  # in place: a view would tie the tensor to a base
-                tensor.resize_(_torch_shape(dtype_name, shape))
+                tensor.resize_(torch_shape(dtype_name, shape))
             tensors[name] = tensor
     except KeyError as error:
         raise UnsupportedFormat(f"tensor {name!r} has dtype {error.args[0]}, which torch {torch.__version__} lacks") from error
     return tensors
 
 
-def _torch_shape(dtype_name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def torch_dtype(extent: Extent) -> torch.dtype:
+    """Torch's dtype of an extent. UnsupportedFormat if this torch lacks it."""
+    try:
+        return TORCH_DTYPES[extent.dtype]
+    except KeyError:
+        raise UnsupportedFormat(
+            f"tensor {extent.name!r} has dtype {extent.dtype}, which torch {torch.__version__} lacks"
+        ) from None
+
+
+def dtypes_of(manifest: Manifest) -> dict[str, torch.dtype]:
+    """Torch's dtype for each that a manifest has. UnsupportedFormat if this torch lacks one."""
+    found = {tensor.dtype: tensor for tensor in manifest.tensors}
+    return {name: torch_dtype(tensor) for name, tensor in found.items()}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A manifest's name for a dtype of torch's. InvalidOption if it has none."""
+    if dtype not in _MANIFEST_DTYPES:
+        raise InvalidOption(f"dtype {dtype}: nbcache has no such dtype")
+    return _MANIFEST_DTYPES[dtype]
+
+
+def torch_shape(dtype_name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Torch counts pairs of F4 elements, in the last dimension."""
     return (*shape[:-1], shape[-1] // 2) if dtype_name == "F4" else shape
 
@@ -64,6 +91,8 @@ def resolve_device(device: object) -> torch.device:
         resolved: torch.device = torch.device(device)  # type: ignore[call-overload]
     except (RuntimeError, TypeError) as error:
         raise InvalidOption(f"device {device!r}: {str(error).splitlines()[0]}") from error
+    if resolved.type == "cuda" and EMULATED:
+        return resolved
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise InvalidOption(f"device {resolved}: this torch ({torch.__version__}) sees no GPU; use device='cpu'")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
@@ -71,6 +100,16 @@ def resolve_device(device: object) -> torch.device:
     if resolved.type not in ("cpu", "cuda"):
         raise InvalidOption(f"device {resolved}: nbcache serves cpu and cuda")
     return resolved
+
+
+def real_device(device: torch.device) -> torch.device:
+    """The device itself; for an emulated GPU, the CPU that stands for it."""
+    return torch.device("cpu") if EMULATED else device
+
+
+def current_ordinal() -> int:
+    """The number of the GPU that torch uses when none is named."""
+    return 0 if EMULATED else torch.cuda.current_device()
 
 
 def resolve_dtype(dtype: object) -> torch.dtype | None:

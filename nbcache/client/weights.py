@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
-from nbcache.client.fill import Grant, reacquire
+from nbcache.client.options import Loaded, Options, Share
 from nbcache.errors import InvalidOption, WeightsReleased
 from nbcache.units import format_size
 
@@ -17,24 +15,10 @@ if TYPE_CHECKING:
     import torch
 
 if "torch" in sys.modules:  # where torch is there already, its edge is imported now and not in the first load
-    import nbcache.client.tensors  # noqa: F401
+    import nbcache.client.loading  # noqa: F401
+    from nbcache.memory import driver
 
-Share = Literal["cow", "readonly", "private"]
-SHARE_MODES: tuple[Share, ...] = ("cow", "readonly", "private")
-
-
-@dataclass(frozen=True)
-class Options:
-    """How an entry is to be given: where, as what, shared how. What a pickled ``Weights`` carries beside its key."""
-
-    device: object = None
-    dtype: object = None
-    share: Share = "cow"
-
-    def check(self) -> None:
-        """InvalidOption for a share mode that does not exist; devices and dtypes are checked against torch later."""
-        if self.share not in SHARE_MODES:
-            raise InvalidOption(f"share={self.share!r}: choose one of {', '.join(SHARE_MODES)}")
+    driver.preload()
 
 
 class Weights(Mapping[str, "torch.Tensor"]):
@@ -54,43 +38,17 @@ class Weights(Mapping[str, "torch.Tensor"]):
     hit : whether the entry was cached already
     """
 
-    def __init__(
-        self,
-        tensors: dict[str, torch.Tensor],
-        grant: Grant,
-        device: torch.device,
-        options: Options,
-        private_bytes: int,
-    ) -> None:
-        self._tensors: dict[str, torch.Tensor] | None = tensors
-        self._key = grant.key
+    def __init__(self, loaded: Loaded, options: Options) -> None:
+        self._tensors: dict[str, torch.Tensor] | None = loaded.tensors
+        self._slab = loaded.slab
+        self._key = loaded.key
         self._options = options
-        self.name = grant.name
-        self.nbytes = sum(tensor.nbytes for tensor in tensors.values())
-        self.device = device
-        self.metadata: Mapping[str, str] = MappingProxyType(dict(grant.manifest.metadata))
-        self.private_bytes = private_bytes
-        self.hit = grant.hit
-
-    @classmethod
-    def over(cls, grant: Grant, options: Options) -> Weights:
-        """The tensors of a grant. Takes it over: the lease ends with the last tensor over its map, or here if this raises."""
-        from nbcache.client import tensors as edge
-
-        weakref.finalize(grant.area, grant.session.close).atexit = False  # not grant.close: it would keep the area alive
-        try:
-            device = edge.resolve_device(options.device)
-            dtype = edge.resolve_dtype(options.dtype)
-            mapped = edge.attach(grant.manifest, grant.area)
-            private = options.share == "private"
-            given = mapped
-            if private or dtype is not None or device.type != "cpu":
-                given = edge.convert(mapped, device, dtype, copy=private)
-            private_bytes = sum(t.nbytes for name, t in given.items() if t is not mapped[name])
-            return cls(given, grant, device, options, private_bytes)
-        except BaseException:
-            grant.close()
-            raise
+        self.name = loaded.name
+        self.nbytes = sum(tensor.nbytes for tensor in loaded.tensors.values())
+        self.device = loaded.device
+        self.metadata: Mapping[str, str] = MappingProxyType(dict(loaded.metadata))
+        self.private_bytes = loaded.private_bytes
+        self.hit = loaded.hit
 
     def _live(self) -> dict[str, torch.Tensor]:
         if self._tensors is None:
@@ -106,6 +64,17 @@ class Weights(Mapping[str, "torch.Tensor"]):
     def __len__(self) -> int:
         return len(self._live())
 
+    def cupy(self) -> dict[str, Any]:
+        """CuPy arrays over the same bytes, read-only memory of the slab, without a private copy; for weights on a GPU.
+
+        A dtype that CuPy lacks (bfloat16, the 8-bit floats) comes as unsigned integers of its width. InvalidOption if the
+        weights are not in a slab (on the CPU); WeightsReleased.
+        """
+        self._live()
+        if self._slab is None:
+            raise InvalidOption(f"{self.name}: on {self.device}, without a slab; load it with device='cuda' for CuPy arrays")
+        return self._slab.cupy_arrays()
+
     @property
     def released(self) -> bool:
         """Whether :meth:`release` was called."""
@@ -113,7 +82,11 @@ class Weights(Mapping[str, "torch.Tensor"]):
 
     def release(self) -> None:
         """Drop the tensors. Those still in use elsewhere stay valid, and keep the lease until they go. May be called twice."""
-        self._tensors = None
+        self._tensors = self._slab = None
+        if "torch" in sys.modules:
+            from nbcache.client import cow
+
+            cow.sweep()
 
     def __enter__(self) -> Weights:
         return self
@@ -141,4 +114,7 @@ class Weights(Mapping[str, "torch.Tensor"]):
 
 def attach_again(key: str, device: str, dtype: object, share: Share) -> Weights:
     """Unpickle a ``Weights``: attach to the generation it was of."""
-    return Weights.over(reacquire(key), Options(device, dtype, share))
+    from nbcache.client.loading import load_key
+
+    options = Options(device, dtype, share)
+    return Weights(load_key(key, options), options)

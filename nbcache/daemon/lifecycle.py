@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import TextIO
 
 from nbcache.config import NBCache, RuntimePaths, SocketAddress
+from nbcache.daemon.policy import GpuPolicy
 from nbcache.daemon.server import Server
 from nbcache.errors import DaemonUnavailable
+from nbcache.memory.driver import open_driver
+from nbcache.units import parse_size
 
 log = logging.getLogger("nbcache.daemon")
 
@@ -50,7 +53,13 @@ class Daemon:
         self._paths.create()
         self._lock_fd = _acquire_lock(self._paths.lock)
         try:
-            server = Server(self._bind(), self._config.host_limit_bytes, on_tick=self._check_reachable)
+            server = Server(
+                self._bind(),
+                self._config.host_limit_bytes,
+                open_driver,
+                GpuPolicy(self._config.gpu_keep_s, parse_size(self._config.gpu_low_watermark)),
+                on_tick=self._check_reachable,
+            )
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: server.stop())
             log.info("serving on %s, process %d", self._paths.socket, os.getpid())

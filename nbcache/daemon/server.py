@@ -6,6 +6,7 @@ granted ends when it, or the process behind it, ends (I1). A peer that breaks th
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import logging
@@ -17,19 +18,22 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import msgspec
 
 from nbcache import __version__
-from nbcache.daemon.reader import Reader, Staging, check_unchanged
-from nbcache.daemon.store import Entry, Host, IllegalTransition, Store
-from nbcache.errors import HostMemoryFull, InvalidName, NBCacheError, ProtocolError
-from nbcache.manifest import MAX_MANIFEST_BYTES, Manifest, decode_manifest, key_of
-from nbcache.memory.shared import SharedBlock, read_sealed, seal_bytes
+from nbcache.daemon.policy import GpuPolicy
+from nbcache.daemon.reader import FileSource, Reader, Source, Staging, check_unchanged
+from nbcache.daemon.report import describe_status
+from nbcache.daemon.store import PINNED, SHARED, Entry, IllegalTransition, Kind, Place, Residences, State, Store
+from nbcache.daemon.tiers import Tiers
+from nbcache.errors import DeviceMemoryFull, DriverError, InvalidName, NBCacheError, ProtocolError
+from nbcache.manifest import MAX_EXTENT_BYTES, MAX_MANIFEST_BYTES, Manifest, decode_manifest, key_of
+from nbcache.memory.driver import Driver
+from nbcache.memory.shared import read_sealed, seal_bytes
 from nbcache.protocol import messages as m
 from nbcache.protocol.wire import Channel, Closed, client_messages, close_all
 
@@ -42,56 +46,53 @@ PATIENCE_S = 10.0
 """How long a peer may leave a greeting, or a request in several messages, half said."""
 
 
-class State(enum.Enum):
+class Phase(enum.Enum):
     """What a connection is in the middle of."""
 
     GREETING = "greeting"
     IDLE = "idle"
     COLLECTING = "collecting"
     WAITING = "waiting"
-    FILLING = "filling"
+    RESERVED = "filling what it reserved"
+    OFFERED = "offered a slab to fill"
+    FILLING = "filling a slab"
+    COMMITTING = "done filling a slab whose host copy is not complete"
     HOLDING = "holding"
     CLOSING = "closing"
 
 
 @dataclass(eq=False)
 class Connection:
-    """One peer. ``number`` names its lease; ``key`` is the entry it waits for, fills or holds."""
+    """One peer. ``number`` names its lease; ``key`` and ``place`` are the residence it waits for, fills or holds."""
 
     number: int
     channel: Channel[m.ClientMessage]
     pid: int
     pidfd: int
     since_s: float
-    state: State = State.GREETING
+    phase: Phase = Phase.GREETING
     label: str = ""
     key: str = ""
+    place: Place = SHARED
+    find: m.Find = field(default_factory=m.Find)
+    """What it wished for last."""
     stage: m.Stage | None = None
     collected: list[int] = field(default_factory=list)
     """The manifest and files of a Stage that is not complete yet."""
-
-
-@dataclass(eq=False)
-class Held:
-    """The memory of an entry: its block, and its manifest as the sealed memfd that clients are given."""
-
-    block: SharedBlock
-    manifest_fd: int
-
-    def close(self) -> None:
-        """Give the memory back."""
-        self.block.close()
-        os.close(self.manifest_fd)
+    extent_bytes: int = 0
+    """Of the slab it offered to fill."""
+    wanted: list[int] = field(default_factory=list)
+    """Blocks it asked for that are not staged yet."""
+    told_s: float = 0.0
+    """When it last heard of progress."""
 
 
 @dataclass(eq=False)
 class Job:
-    """A staging under way, and the connections that wait for it."""
+    """A host copy being filled."""
 
     staging: Staging
-    waiters: set[Connection] = field(default_factory=set)
     told_bytes: int = -1
-    told_s: float = 0.0
 
 
 class Server:
@@ -108,6 +109,8 @@ class Server:
         self,
         listener: socket.socket,
         limit_bytes: Callable[[], int],
+        open_driver: Callable[[], Driver],
+        policy: GpuPolicy,
         clock: Callable[[], float] = time.monotonic,
         on_tick: Callable[[Server], None] | None = None,
         tick_s: float = 5.0,
@@ -119,26 +122,29 @@ class Server:
         self._listener = listener
         self._on_tick, self._tick_s = on_tick, tick_s
         self._next_tick_s = clock() + tick_s
-        self._reader = Reader()
-        self._disposer = ThreadPoolExecutor(1, thread_name_prefix="nbcache-free")
-        self._held: dict[str, Held] = {}
-        self._jobs: dict[str, Job] = {}
+        self._policy = policy
+        self._tiers = Tiers(open_driver, self._post, Reader(), policy.block_bytes)
+        self._jobs: dict[tuple[str, Place], Job] = {}
         self._numbers = iter(range(1, 1 << 62))
         self._selector = selectors.DefaultSelector()
         self._reports: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stopping = False
-        self._handlers: dict[tuple[State, type[m.Message]], Callable[..., None]] = {
-            (State.GREETING, m.Hello): self._hello,
-            (State.IDLE, m.Find): self._find,
-            (State.IDLE, m.Stage): self._stage,
-            (State.COLLECTING, m.Files): self._files,
-            (State.IDLE, m.Reserve): self._reserve,
-            (State.FILLING, m.Commit): self._commit,
-            (State.IDLE, m.Evict): self._evict,
-            (State.IDLE, m.Pin): self._pin,
-            (State.HOLDING, m.Pin): self._pin,
-            (State.IDLE, m.Query): self._query,
+        self._handlers: dict[tuple[Phase, type[m.Message]], Callable[..., None]] = {
+            (Phase.GREETING, m.Hello): self._hello,
+            (Phase.IDLE, m.Find): self._find,
+            (Phase.IDLE, m.Stage): self._stage,
+            (Phase.COLLECTING, m.Files): self._files,
+            (Phase.OFFERED, m.Fill): self._fill,
+            (Phase.FILLING, m.Want): self._want,
+            (Phase.FILLING, m.Commit): self._commit_slab,
+            (Phase.IDLE, m.Reserve): self._reserve,
+            (Phase.RESERVED, m.Commit): self._commit_reserved,
+            (Phase.IDLE, m.Evict): self._evict,
+            (Phase.IDLE, m.FreeGpu): self._free_gpu,
+            (Phase.IDLE, m.Pin): self._pin,
+            (Phase.HOLDING, m.Pin): self._pin,
+            (Phase.IDLE, m.Query): self._query,
         }
 
     # The loop
@@ -177,37 +183,45 @@ class Server:
         while not self._reports.empty():
             self._reports.get()()
 
+    def _post(self, report: Callable[[], None]) -> None:
+        """Have the loop's thread call ``report``. Called from other threads."""
+        self._reports.put(report)
+        self._wake()
+
     def _timeout_s(self) -> float:
         timeout = self._next_tick_s - self._clock()
-        if any(job.waiters for job in self._jobs.values()):
+        if any(self._is_waiting(connection) for connection in self.connections.values()):
             timeout = min(timeout, PROGRESS_PERIOD_S)
         if any(self._is_limited(connection) for connection in self.connections.values()):
             timeout = min(timeout, HEARTBEAT_S)
         return max(0.0, timeout)
 
     @staticmethod
+    def _is_waiting(connection: Connection) -> bool:
+        return connection.phase in (Phase.WAITING, Phase.COMMITTING) or bool(connection.wanted)
+
+    @staticmethod
     def _is_limited(connection: Connection) -> bool:
-        return connection.state in (State.GREETING, State.COLLECTING, State.CLOSING)
+        return connection.phase in (Phase.GREETING, Phase.COLLECTING, Phase.CLOSING)
 
     def _tick(self) -> None:
         now = self._clock()
         for connection in list(self.connections.values()):
             if self._is_limited(connection) and now - connection.since_s > PATIENCE_S:
-                self._drop(connection, f"left {connection.state.value} for {PATIENCE_S:.0f} s")
-        for job in list(self._jobs.values()):
-            self._tell_progress(job, now)
+                self._drop(connection, f"left {connection.phase.value} for {PATIENCE_S:.0f} s")
+        for connection in list(self.connections.values()):
+            if self._is_waiting(connection):
+                self._tell_progress(connection, now)
         if now >= self._next_tick_s:
             self._next_tick_s = now + self._tick_s
+            self._free(self._policy.expired(self.store, self._tiers.driver_in_use))
             if self._on_tick:
                 self._on_tick(self)
 
     def _shut_down(self) -> None:
-        self._reader.close()
+        self._tiers.close()
         for connection in list(self.connections.values()):
             self._drop(connection, "the daemon stops")
-        self._disposer.shutdown(wait=True)
-        for held in self._held.values():
-            held.close()
         self._selector.close()
         self._listener.close()
         os.close(self._wake_fd)
@@ -244,7 +258,7 @@ class Server:
         descriptors: list[int] = []
         try:
             message, descriptors = connection.channel.receive()
-            if connection.state is not State.CLOSING:
+            if connection.phase is not Phase.CLOSING:
                 self._handle(connection, message, descriptors)
         except BlockingIOError:
             pass
@@ -266,9 +280,9 @@ class Server:
 
     def _handle(self, connection: Connection, message: m.ClientMessage, descriptors: list[int]) -> None:
         """A handler takes the descriptors it keeps out of the list."""
-        handler = self._handlers.get((connection.state, type(message)))
+        handler = self._handlers.get((connection.phase, type(message)))
         if handler is None:
-            raise ProtocolError(f"{type(message).__name__} while {connection.state.value}")
+            raise ProtocolError(f"{type(message).__name__} while {connection.phase.value}")
         handler(connection, message, descriptors)
 
     def _reply(self, connection: Connection, message: m.Message, descriptors: Sequence[int] = ()) -> None:
@@ -279,7 +293,7 @@ class Server:
 
     def _refuse(self, connection: Connection, error: ProtocolError) -> None:
         """Say why, and let the connection run dry: an immediate close could overtake the words."""
-        if connection.state is State.CLOSING:
+        if connection.phase is Phase.CLOSING:
             return
         log.warning("refused process %d: %s", connection.pid, error)
         self._reply(connection, m.Failed(type(error).__name__, str(error)))
@@ -287,7 +301,7 @@ class Server:
         self._run_dry(connection)
 
     def _run_dry(self, connection: Connection) -> None:
-        connection.state, connection.since_s = State.CLOSING, self._clock()
+        connection.phase, connection.since_s = Phase.CLOSING, self._clock()
         try:
             connection.channel.socket.shutdown(socket.SHUT_WR)
         except OSError as error:
@@ -306,29 +320,32 @@ class Server:
 
     def _let_go(self, connection: Connection) -> None:
         """Undo what the connection was in the middle of (I1, I2)."""
-        state, connection.state = connection.state, State.CLOSING
+        phase, connection.phase = connection.phase, Phase.CLOSING
+        connection.wanted.clear()
         collected, connection.collected = connection.collected, []
         close_all(collected)
-        if state is State.WAITING:
-            self._jobs[connection.key].waiters.discard(connection)
-        elif state is State.FILLING:
-            self.store.fail(connection.key)
-            self._free_memory(connection.key)
-        elif state is State.HOLDING:
-            self._free(self.store.release(connection.key, connection.number))
+        if phase is Phase.RESERVED:
+            self._abandon(connection.key, SHARED)
+        elif phase in (Phase.FILLING, Phase.COMMITTING):
+            self._abandon_slab(connection)
+        elif phase is Phase.HOLDING:
+            self._free(self.store.release(connection.key, connection.place, connection.number))
+            if connection.place.kind is Kind.DEVICE and self._policy.keep_s == 0:
+                self._free(self.store.idle_slabs(connection.place.uuid, (connection.key,)))
 
-    # Requests
+    # Finding and staging
 
     def _hello(self, connection: Connection, hello: m.Hello, _: list[int]) -> None:
         connection.label = hello.label[:200]
         self._reply(connection, m.Welcome(m.PROTOCOL_VERSION, __version__, os.getpid()))
         if hello.protocol == m.PROTOCOL_VERSION:
-            connection.state = State.IDLE
+            connection.phase = Phase.IDLE
         else:
             log.warning("process %d speaks protocol %d (nbcache %s)", connection.pid, hello.protocol, hello.version)
             self._run_dry(connection)
 
     def _find(self, connection: Connection, find: m.Find, _: list[int]) -> None:
+        connection.find = find
         entry = self.store.find(find.names, find.key)
         if entry is None:
             self._reply(connection, m.Absent())
@@ -339,21 +356,80 @@ class Server:
         self._attend(connection, entry)
 
     def _attend(self, connection: Connection, entry: Entry) -> None:
-        if entry.host is Host.STAGED:
-            self._grant(connection, entry, staged=False)
+        """Give a connection what it wished of an entry: now, when it is there, or by asking for the files or the filling."""
+        connection.phase, connection.key = Phase.IDLE, entry.key
+        connection.place = place = self._wished_place(connection.find)
+        if entry.state(place) is State.READY:
+            self._grant(connection, entry)
+        elif entry.state(place) is State.FILLING or (place.on_host and self._is_coming(entry, place)):
+            connection.phase, connection.told_s = Phase.WAITING, self._clock()
+        elif place.on_host or not self._is_coming(entry, PINNED):
+            self._reply(connection, m.Absent())
+        elif entry.state(PINNED) is State.ABSENT:  # on its way to the other kind of host copy, and from there to this one
+            connection.phase, connection.told_s = Phase.WAITING, self._clock()
         else:
-            connection.state, connection.key = State.WAITING, entry.key
-            self._jobs[entry.key].waiters.add(connection)
+            connection.phase = Phase.OFFERED
+            self._reply(connection, m.Vacant(entry.key), [self._tiers.manifest_fd(entry.key)])
 
-    def _grant(self, connection: Connection, entry: Entry, staged: bool) -> None:
-        held = self._held[entry.key]
-        self.store.grant(entry.key, connection.number, connection.pid)
-        connection.state, connection.key = State.HOLDING, entry.key
-        granted = m.Granted(entry.key, entry.name, entry.provenance, staged)
-        self._reply(connection, granted, [held.manifest_fd, held.block.fd])
+    def _wished_place(self, find: m.Find) -> Place:
+        if find.device is not None:
+            known = {gpu.uuid for gpu in self._tiers.driver.gpus()}
+            if find.device.uuid not in known:
+                raise DriverError(f"GPU {find.device.uuid} is not visible to the daemon, which sees {', '.join(sorted(known))}")
+            return Place(Kind.DEVICE, find.device.uuid, find.device.dtype)
+        return PINNED if find.warm and self._has_gpu() else SHARED
+
+    def _has_gpu(self) -> bool:
+        try:
+            return bool(self._tiers.driver.gpus())
+        except DriverError:
+            return False
+
+    def _is_coming(self, entry: Entry, place: Place) -> bool:
+        """Whether a host copy is there or on its way, be it through the other kind; if it can be begun from that one, it is."""
+        other = SHARED if place == PINNED else PINNED
+        return (
+            entry.state(place) is not State.ABSENT
+            or entry.state(other) is State.FILLING
+            or (entry.state(other) is State.READY and self._fill_from(entry, other, place))
+        )
+
+    def _fill_from(self, entry: Entry, other: Place, place: Place) -> bool:
+        """Begin a host copy from the one of the other kind; False if there is room for one only, which is then neither."""
+        self._free(self.store.fill(entry, place, entry.extent_bytes))
+        if entry.state(other) is not State.READY:
+            self._abandon(entry.key, place)
+            return False
+        with self._undone_on_error(entry.key, place):
+            if place == PINNED:
+                source = self._tiers.copy_source(entry.key, entry.name)
+                self._start_pinned(entry, source)
+            else:
+                self._tiers.create_shared(entry.key, entry.name, entry.extent_bytes)
+                self._track(entry, SHARED, self._tiers.fill_shared_from_pinned(entry.key, partial(self._filled, entry, SHARED)))
+        return True
+
+    @contextlib.contextmanager
+    def _undone_on_error(self, key: str, place: Place) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._abandon(key, place)
+            raise
+
+    def _grant(self, connection: Connection, entry: Entry, staged: bool = False) -> None:
+        place = connection.place
+        self.store.grant(entry.key, place, connection.number, connection.pid)
+        connection.phase, connection.key = Phase.HOLDING, entry.key
+        descriptors = [self._tiers.manifest_fd(entry.key)]
+        if place == SHARED:
+            descriptors.append(self._tiers.shared_fd(entry.key))
+        elif place.kind is Kind.DEVICE:
+            descriptors.append(self._tiers.slab_fd(entry.key, place))
+        self._reply(connection, m.Granted(entry.key, entry.name, entry.provenance, staged), descriptors)
 
     def _stage(self, connection: Connection, stage: m.Stage, descriptors: list[int]) -> None:
-        connection.stage, connection.state, connection.since_s = stage, State.COLLECTING, self._clock()
+        connection.stage, connection.phase, connection.since_s = stage, Phase.COLLECTING, self._clock()
         self._files(connection, stage, descriptors)
 
     def _files(self, connection: Connection, _: m.Stage | m.Files, descriptors: list[int]) -> None:
@@ -365,105 +441,213 @@ class Server:
         if missing < 0:
             raise ProtocolError(f"{-missing} more files than the {connection.stage.file_count} announced")
         if missing == 0:
-            (manifest_fd, *files), connection.collected = connection.collected, []
-            connection.state = State.IDLE
-            self._start_staging(connection, connection.stage.name, manifest_fd, files)
+            taken, connection.collected = connection.collected, []
+            connection.phase = Phase.IDLE
+            try:
+                self._start_staging(connection, connection.stage.name, taken)
+            finally:
+                close_all(taken)
 
-    def _start_staging(self, connection: Connection, name: str, manifest_fd: int, files: list[int]) -> None:
-        taken = [manifest_fd, *files]
-        try:
-            manifest = _read_manifest(manifest_fd)
-            _check_files(manifest, files)
-            _check_name(name, path=True)
-            entry = self.store.find((), key_of(manifest.members))
-            if entry is None:
-                entry = self._admit(key_of(manifest.members), name, "file", manifest, manifest_fd)
+    def _start_staging(self, connection: Connection, name: str, taken: list[int]) -> None:
+        """Begin to read files, unless the entry is there or on its way. Takes what it keeps out of ``taken``."""
+        manifest_fd, *files = taken
+        manifest = _read_manifest(manifest_fd)
+        _check_files(manifest, files)
+        _check_name(name, path=True)
+        place = self._wished_place(connection.find)
+        host = SHARED if place == SHARED else PINNED
+        key = key_of(manifest.members)
+        entry = self.store.find((), key)
+        if entry is None or not self._is_coming(entry, host):
+            known = self.store.find((), key)  # its other host copy may have given way just now, and it with it
+            entry = known or _new_entry(key, name, "file", manifest)
+            self._free(self.store.fill(entry, host, entry.extent_bytes))
+            if not known:
                 taken.remove(manifest_fd)
-                self._read(entry, manifest, files)
-                taken.clear()
-        finally:
-            close_all(taken)
+                self._tiers.keep_manifest(entry.key, manifest_fd)
+            with self._undone_on_error(entry.key, host):
+                source = FileSource(manifest, files)
+                del taken[-len(files) :]
+                self._read(entry, host, source)
         self._free(self.store.give_name(entry.key, name))
         self._attend(connection, entry)
 
-    def _admit(self, key: str, name: str, provenance: str, manifest: Manifest, manifest_fd: int) -> Entry:
-        """A new entry and its empty block. On success the manifest's descriptor is held; on an error nothing is."""
-        entry = Entry(
-            key=key,
-            name=name,
-            provenance=provenance,
-            source=tuple(member.path for member in manifest.members),
-            bytes=manifest.nbytes,
-            extent_bytes=manifest.extent_bytes,
-            tensors=len(manifest.tensors),
-        )
-        self._free(self.store.admit(entry))
+    def _read(self, entry: Entry, host: Place, source: FileSource) -> None:
+        log.info("staging %s: %d bytes in %d tensors, %s", entry.name, entry.bytes, entry.tensors, host.kind.value)
         try:
-            self._held[key] = Held(SharedBlock.create(name, manifest.extent_bytes), manifest_fd)
-        except OSError as error:
-            self.store.fail(key)
-            raise HostMemoryFull(f"{name}: the system gives no {manifest.extent_bytes} bytes: {error.strerror}") from error
-        return entry
+            if host == PINNED:
+                self._start_pinned(entry, source)
+                return
+            self._tiers.create_shared(entry.key, entry.name, entry.extent_bytes)
+            self._track(entry, SHARED, self._tiers.fill_shared(entry.key, source, partial(self._filled, entry, SHARED)))
+        except BaseException:
+            source.close()
+            raise
 
-    def _read(self, entry: Entry, manifest: Manifest, files: Sequence[int]) -> None:
-        block = self._held[entry.key].block
-        job = self._jobs[entry.key] = Job(Staging(manifest, files))
-        log.info("staging %s: %d bytes in %d tensors", entry.name, entry.bytes, entry.tensors)
+    def _start_pinned(self, entry: Entry, source: Source) -> None:
+        on_block, done = partial(self._serve_wants, entry.key), partial(self._filled, entry, PINNED)
+        self._track(entry, PINNED, self._tiers.fill_pinned(entry.key, source, entry.extent_bytes, on_block, done))
 
-        def fill() -> None:
-            with block.writable() as view:
-                job.staging.run(view, self._reader.threads)
-            block.seal()
+    def _track(self, entry: Entry, place: Place, staging: Staging) -> None:
+        self._jobs[entry.key, place] = Job(staging)
 
-        def done(error: Exception | None) -> None:
-            self._reports.put(partial(self._staged, entry, job, error))
-            self._wake()
-
-        self._reader.start(job.staging, fill, done)
-
-    def _staged(self, entry: Entry, job: Job, error: Exception | None) -> None:
-        del self._jobs[entry.key]
-        waiters = sorted(job.waiters, key=lambda connection: connection.number)
+    def _filled(self, entry: Entry, place: Place, error: Exception | None) -> None:
+        """A host copy is complete, or came to nothing."""
+        del self._jobs[entry.key, place]
+        waiting = self._waiting_for(entry.key)
         if error is None:
-            log.info("staged %s", entry.name)
-            self._free(self.store.complete(entry.key))
-            for connection in waiters:
-                self._grant(connection, entry, staged=True)
+            log.info("staged %s, %s", entry.name, place.kind.value)
+            self._free(self.store.complete(entry.key, place))
+            self._serve_wants(entry.key)
+            for connection in self._fillers_of(entry.key) if place == PINNED else []:
+                self.store.grant(entry.key, PINNED, connection.number, connection.pid)
+                if connection.phase is Phase.COMMITTING:
+                    self._finish_slab(connection, entry)
+            for connection in waiting:
+                self._again(connection, entry, staged=True)
             return
         log.warning("staging %s failed: %s", entry.name, error)
-        self.store.fail(entry.key)
-        self._free_memory(entry.key)
         known = error if isinstance(error, NBCacheError) else NBCacheError(f"{entry.name}: {type(error).__name__}: {error}")
-        for connection in waiters:
-            connection.state = State.IDLE
+        fillers = self._fillers_of(entry.key) if place == PINNED else []
+        self._abandon(entry.key, place)
+        for connection in [*waiting, *fillers]:
+            if connection in fillers:
+                self._let_go(connection)
+            connection.phase = Phase.IDLE
             self._reply(connection, m.Failed(type(known).__name__, str(known)))
 
-    def _tell_progress(self, job: Job, now: float) -> None:
-        staged = job.staging.staged_bytes
-        if staged == job.told_bytes and now - job.told_s < HEARTBEAT_S:
+    def _waiting_for(self, key: str) -> list[Connection]:
+        return [c for c in self.connections.values() if c.phase is Phase.WAITING and c.key == key]
+
+    def _fillers_of(self, key: str) -> list[Connection]:
+        phases = (Phase.FILLING, Phase.COMMITTING)
+        return [c for c in self.connections.values() if c.phase in phases and c.key == key]
+
+    def _again(self, connection: Connection, entry: Entry, staged: bool = False) -> None:
+        """Attend to a connection that waited; an error is its answer."""
+        try:
+            if staged and entry.state(connection.place) is State.READY:
+                self._grant(connection, entry, staged=True)
+            else:
+                self._attend(connection, entry)
+        except NBCacheError as error:
+            connection.phase = Phase.IDLE
+            self._reply(connection, m.Failed(type(error).__name__, str(error)))
+
+    def _tell_progress(self, connection: Connection, now: float) -> None:
+        jobs = [job for (key, _), job in self._jobs.items() if key == connection.key]
+        staged = jobs[0].staging.staged_bytes if jobs else 0
+        total = jobs[0].staging.total_bytes if jobs else 0
+        if now - connection.told_s >= (PROGRESS_PERIOD_S if jobs else HEARTBEAT_S):
+            connection.told_s = now
+            self._reply(connection, m.Progress(staged, total))
+
+    # Filling slabs
+
+    def _fill(self, connection: Connection, fill: m.Fill, _: list[int]) -> None:
+        """Make the slab and let this connection fill it, unless another does (I3)."""
+        if not 0 < fill.extent_bytes <= MAX_EXTENT_BYTES:
+            raise ProtocolError(f"a slab of {fill.extent_bytes} bytes")
+        entry = self.store.entries.get(connection.key)
+        if entry is None:
+            connection.phase = Phase.IDLE
+            self._reply(connection, m.Absent())
             return
-        job.told_bytes, job.told_s = staged, now
-        for connection in list(job.waiters):
-            self._reply(connection, m.Progress(staged, job.staging.total_bytes))
+        if entry.state(connection.place) is not State.ABSENT or entry.state(PINNED) is State.ABSENT:
+            self._attend(connection, entry)
+            return
+        fd = self._create_slab(connection, entry, fill.extent_bytes)
+        connection.phase = Phase.FILLING
+        if entry.state(PINNED) is State.READY:
+            self.store.grant(entry.key, PINNED, connection.number, connection.pid)
+        self._reply(connection, m.Filling(self._tiers.block_bytes), [fd])
+
+    def _create_slab(self, connection: Connection, entry: Entry, extent_bytes: int) -> int:
+        """A slab, for which idle ones give way one by one. DeviceMemoryFull, with who holds what, if that does not suffice."""
+        place = connection.place
+        while True:
+            try:
+                fd = self._tiers.create_slab(entry.key, place, extent_bytes)
+                break
+            except DeviceMemoryFull as error:
+                connection.phase = Phase.IDLE
+                idle = self.store.idle_slabs(place.uuid)
+                if not idle:
+                    free = self._tiers.free_bytes(place.uuid)
+                    raise self.store.device_full(place.uuid, entry.name, extent_bytes, free) from error
+                self._free(idle[:1])
+                self._tiers.settle()
+            except DriverError:
+                connection.phase = Phase.IDLE
+                raise
+        self._free(self.store.fill(entry, place, extent_bytes))
+        return fd
+
+    def _want(self, connection: Connection, want: m.Want, _: list[int]) -> None:
+        if not 0 <= want.number < 1 << 20 or len(connection.wanted) > 64:
+            raise ProtocolError(f"block {want.number} wanted, with {len(connection.wanted)} outstanding")
+        connection.wanted.append(want.number)
+        connection.told_s = self._clock()
+        self._serve_wants(connection.key)
+
+    def _serve_wants(self, key: str) -> None:
+        for connection in self._fillers_of(key):
+            while connection.wanted:
+                number = connection.wanted[0]
+                block = self._tiers.pinned_block(key, number)
+                if block is None:
+                    break
+                del connection.wanted[0]
+                self._reply(connection, m.Block(number, block.size_bytes), [block.fd])
+
+    def _commit_slab(self, connection: Connection, _commit: m.Commit, _: list[int]) -> None:
+        entry = self.store.entries[connection.key]
+        if entry.state(PINNED) is State.FILLING:  # its files are not proven unchanged yet (I6)
+            connection.phase, connection.told_s = Phase.COMMITTING, self._clock()
+        else:
+            self._finish_slab(connection, entry)
+
+    def _finish_slab(self, connection: Connection, entry: Entry) -> None:
+        self._free(self.store.release(entry.key, PINNED, connection.number))
+        self._free(self.store.complete(entry.key, connection.place))
+        self._grant(connection, entry, staged=True)
+        for waiting in self._waiting_for(entry.key):
+            self._again(waiting, entry, staged=True)
+
+    def _abandon_slab(self, connection: Connection) -> None:
+        """The filler is gone (I2); whoever waits may fill (I3)."""
+        entry = self.store.entries[connection.key]
+        pinned = entry.residences.get(PINNED)
+        if pinned is not None and connection.number in pinned.leases:
+            self._free(self.store.release(entry.key, PINNED, connection.number))
+        self._abandon(entry.key, connection.place)
+        for waiting in self._waiting_for(entry.key):
+            if waiting.place == connection.place:
+                self._again(waiting, entry)
+
+    # Saving, evicting, asking
 
     def _reserve(self, connection: Connection, reserve: m.Reserve, descriptors: list[int]) -> None:
         manifest = _read_manifest(descriptors[0])
         _check_name(reserve.name, path=False)
         if manifest.members:
             raise ProtocolError("a put entry with files")
-        entry = self._admit("put-" + secrets.token_hex(16), reserve.name, "put", manifest, descriptors[0])
-        descriptors.clear()
+        entry = _new_entry("put-" + secrets.token_hex(16), reserve.name, "put", manifest)
+        self._free(self.store.fill(entry, SHARED, entry.extent_bytes))
+        self._tiers.keep_manifest(entry.key, descriptors.pop())
+        with self._undone_on_error(entry.key, SHARED):
+            block = self._tiers.create_shared(entry.key, entry.name, entry.extent_bytes)
         self.store.give_name(entry.key, reserve.name)
-        connection.state, connection.key = State.FILLING, entry.key
-        self._reply(connection, m.Reserved(), [self._held[entry.key].block.fd])
+        connection.phase, connection.key, connection.place = Phase.RESERVED, entry.key, SHARED
+        self._reply(connection, m.Reserved(), [block.fd])
 
-    def _commit(self, connection: Connection, _commit: m.Commit, _: list[int]) -> None:
+    def _commit_reserved(self, connection: Connection, _commit: m.Commit, _: list[int]) -> None:
         try:
-            self._held[connection.key].block.seal()
+            self._tiers.seal_shared(connection.key)
         except OSError as error:
             raise ProtocolError(f"commit while the block is still mapped writable: {error.strerror}") from error
         entry = self.store.entries[connection.key]
-        self._free(self.store.complete(entry.key))
+        self._free(self.store.complete(entry.key, SHARED))
         self._grant(connection, entry, staged=True)
 
     def _evict(self, connection: Connection, evict: m.Evict, _: list[int]) -> None:
@@ -471,9 +655,17 @@ class Server:
             keys, kept = self.store.evictable_by_all()
         else:
             keys, kept = [self.store.check_evictable(evict.names).key], []
-        names = tuple(self.store.entries[key].name for key in keys)
-        freed = sum(self.store.entries[key].extent_bytes for key in keys)
-        self._free(keys)
+        self._answer_evicted(connection, [(k, place) for k in keys for place in self.store.entries[k].residences], kept)
+
+    def _free_gpu(self, connection: Connection, free: m.FreeGpu, _: list[int]) -> None:
+        self._answer_evicted(connection, self.store.idle_slabs(names=free.names), [])
+        self._tiers.settle()
+
+    def _answer_evicted(self, connection: Connection, going: Residences, kept: Sequence[str]) -> None:
+        entries = self.store.entries
+        names = tuple(dict.fromkeys(entries[key].name for key, _ in going))
+        freed = sum(entries[key].residences[place].extent_bytes for key, place in going)
+        self._free(going)
         self._reply(connection, m.Evicted(names, freed, tuple(kept)))
 
     def _pin(self, connection: Connection, pin: m.Pin, _: list[int]) -> None:
@@ -481,54 +673,32 @@ class Server:
         self._reply(connection, m.Done())
 
     def _query(self, connection: Connection, _query: m.Query, _: list[int]) -> None:
-        fd = seal_bytes("status", msgspec.json.encode(self._status()))
+        uptime_s = self._clock() - self._started_s
+        document = describe_status(self.store, self.connections, self._tiers.driver_in_use, uptime_s, self._clock())
+        fd = seal_bytes("status", msgspec.json.encode(document))
         try:
             self._reply(connection, m.Document(), [fd])
         finally:
             os.close(fd)
 
-    def _status(self) -> m.Status:
-        now = self._clock()
-        return m.Status(
-            version=__version__,
-            protocol=m.PROTOCOL_VERSION,
-            pid=os.getpid(),
-            uptime_s=round(now - self._started_s, 3),
-            host=m.HostStatus(self.store.used_bytes, self.store.limit_bytes),
-            devices=(),
-            entries=tuple(self._entry_status(entry, now) for entry in self.store.entries.values()),
-        )
-
-    def _entry_status(self, entry: Entry, now: float) -> m.EntryStatus:
-        users = [self.connections[lease] for lease in entry.leases]
-        return m.EntryStatus(
-            name=entry.name,
-            aliases=tuple(name for name in entry.names if name != entry.name),
-            provenance=entry.provenance,
-            source=entry.source,
-            bytes=entry.bytes,
-            tensors=entry.tensors,
-            host=entry.host.value,
-            devices=(),
-            leases=len(entry.leases),
-            pinned=entry.pinned,
-            last_used_s=round(now - entry.last_used_s, 3),
-            key=entry.key,
-            used_by=tuple(m.Lease(connection.pid, connection.label) for connection in users),
-        )
-
     # Memory
 
-    def _free(self, keys: Sequence[str]) -> None:
-        """Evict entries that the store chose."""
-        for key in keys:
-            log.info("evicting %s (%s)", self.store.entries[key].name, key)
-            self.store.evict(key)
-            self._free_memory(key)
+    def _free(self, residences: Residences) -> None:
+        """Evict residences that the store chose."""
+        for key, place in residences:
+            log.info("evicting %s from %s (%s)", self.store.entries[key].name, place.kind.value, key)
+            self.store.evict(key, place)
+            self._give_back(key, place)
 
-    def _free_memory(self, key: str) -> None:
-        """Close an entry's memory, elsewhere: giving 24 GB back takes the system a while."""
-        self._disposer.submit(self._held.pop(key).close)
+    def _abandon(self, key: str, place: Place) -> None:
+        """Forget a residence whose filling came to nothing (I2)."""
+        self.store.fail(key, place)
+        self._give_back(key, place)
+
+    def _give_back(self, key: str, place: Place) -> None:
+        self._tiers.free(key, place)
+        if key not in self.store.entries:
+            self._tiers.forget(key)
 
 
 def _pidfd_of(sock: socket.socket, pid: int) -> int | None:
@@ -541,6 +711,18 @@ def _pidfd_of(sock: socket.socket, pid: int) -> int | None:
         return os.pidfd_open(pid) if pid > 0 else -1
     except ProcessLookupError:
         return None
+
+
+def _new_entry(key: str, name: str, provenance: str, manifest: Manifest) -> Entry:
+    return Entry(
+        key=key,
+        name=name,
+        provenance=provenance,
+        source=tuple(member.path for member in manifest.members),
+        bytes=manifest.nbytes,
+        extent_bytes=manifest.extent_bytes,
+        tensors=len(manifest.tensors),
+    )
 
 
 def _read_manifest(fd: int) -> Manifest:

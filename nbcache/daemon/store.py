@@ -1,7 +1,9 @@
-"""The daemon's policy: entries, names, leases, and what gives way to what.
+"""The daemon's policy: entries, names, residences, leases, and what gives way to what.
 
-Pure: no sockets, no memory, no clock of its own. It decides; the server acts. Each decision that frees something is a list
-of keys, and the server frees what the list names.
+An entry is known by its key and lives in *residences*: a shared or a pinned copy in host memory, a slab on a GPU. Each
+residence has a state and leases of its own, and they are independent: a slab may stay when the host copy was evicted. Pure: no
+sockets, no memory, no clock of its own. It decides; the server acts. A decision that frees something is a list of residences,
+and the server frees what the list names.
 """
 
 from __future__ import annotations
@@ -10,32 +12,32 @@ import enum
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from nbcache.errors import EntryInUse, EntryNotFound, HostMemoryFull
+from nbcache.errors import DeviceMemoryFull, EntryInUse, EntryNotFound, HostMemoryFull
 from nbcache.units import format_duration, format_size
 
 
-class Host(enum.Enum):
-    """States of an entry's host copy."""
+class State(enum.Enum):
+    """States of a residence. In words: staging and staged for the host, filling and resident for a GPU."""
 
     ABSENT = "absent"
-    STAGING = "staging"
-    STAGED = "staged"
+    FILLING = "filling"
+    READY = "ready"
 
 
 class Event(enum.Enum):
-    """What can happen to a host copy."""
+    """What can happen to a residence."""
 
-    STAGE = "stage"
-    SEAL = "seal"
+    FILL = "fill"
+    COMPLETE = "complete"
     FAIL = "fail"
     EVICT = "evict"
 
 
-TRANSITIONS: dict[tuple[Host, Event], Host] = {
-    (Host.ABSENT, Event.STAGE): Host.STAGING,
-    (Host.STAGING, Event.SEAL): Host.STAGED,
-    (Host.STAGING, Event.FAIL): Host.ABSENT,
-    (Host.STAGED, Event.EVICT): Host.ABSENT,
+TRANSITIONS: dict[tuple[State, Event], State] = {
+    (State.ABSENT, Event.FILL): State.FILLING,
+    (State.FILLING, Event.COMPLETE): State.READY,
+    (State.FILLING, Event.FAIL): State.ABSENT,
+    (State.READY, Event.EVICT): State.ABSENT,
 }
 """The one table of transitions; a pair that is not in it is a broken invariant."""
 
@@ -44,9 +46,58 @@ class IllegalTransition(RuntimeError):
     """An event that a state does not know. A bug: the daemon stops loudly rather than guess."""
 
 
+class Kind(enum.Enum):
+    """Sorts of residences."""
+
+    SHARED = "shared"
+    PINNED = "pinned"
+    DEVICE = "device"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a residence is. ``uuid`` and ``dtype`` (empty: the file's own) tell the slabs of an entry apart."""
+
+    kind: Kind
+    uuid: str = ""
+    dtype: str = ""
+
+    @property
+    def on_host(self) -> bool:
+        """Whether it counts against the host tier's limit."""
+        return self.kind is not Kind.DEVICE
+
+
+SHARED = Place(Kind.SHARED)
+PINNED = Place(Kind.PINNED)
+
+
+@dataclass
+class Residence:
+    """An entry's bytes in one place. ``leases`` maps lease to process id."""
+
+    place: Place
+    extent_bytes: int
+    state: State = State.ABSENT
+    leases: dict[int, int] = field(default_factory=dict)
+    last_used_s: float = 0.0
+
+    def happen(self, event: Event) -> None:
+        """Change state by the table; IllegalTransition, and no change, if the table has no such pair."""
+        try:
+            self.state = TRANSITIONS[self.state, event]
+        except KeyError:
+            raise IllegalTransition(f"{self.place}: {event} in state {self.state}") from None
+
+    @property
+    def idle(self) -> bool:
+        """Complete, and leased by nobody."""
+        return self.state is State.READY and not self.leases
+
+
 @dataclass
 class Entry:
-    """One cached checkpoint or put. ``bytes`` are the tensors' own, ``extent_bytes`` what it takes in the tier."""
+    """One cached checkpoint or put. ``bytes`` are the tensors' own, ``extent_bytes`` what a host copy takes."""
 
     key: str
     name: str
@@ -55,29 +106,44 @@ class Entry:
     bytes: int
     extent_bytes: int
     tensors: int
-    host: Host = Host.ABSENT
     names: list[str] = field(default_factory=list)
-    leases: dict[int, int] = field(default_factory=dict)
-    """Lease to process id."""
     pinned: bool = False
-    last_used_s: float = 0.0
+    residences: dict[Place, Residence] = field(default_factory=dict)
 
-    def happen(self, event: Event) -> None:
-        """Change state by the table; IllegalTransition, and no change, if the table has no such pair."""
-        try:
-            self.host = TRANSITIONS[self.host, event]
-        except KeyError:
-            raise IllegalTransition(f"{self.key}: {event} in state {self.host}") from None
+    def state(self, place: Place) -> State:
+        """The state in one place."""
+        residence = self.residences.get(place)
+        return residence.state if residence else State.ABSENT
 
     @property
-    def idle(self) -> bool:
-        """Complete, and used by nobody (a pin counts as a use)."""
-        return self.host is Host.STAGED and not self.leases and not self.pinned
+    def host(self) -> State:
+        """The best state of its host copies."""
+        states = {residence.state for place, residence in self.residences.items() if place.on_host}
+        return next((state for state in (State.READY, State.FILLING) if state in states), State.ABSENT)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is complete anywhere; before that it has no name yet."""
+        return any(residence.state is State.READY for residence in self.residences.values())
+
+    @property
+    def leases(self) -> dict[int, int]:
+        """The leases of all its residences."""
+        return {lease: pid for residence in self.residences.values() for lease, pid in residence.leases.items()}
+
+    @property
+    def last_used_s(self) -> float:
+        """When any of its residences was last used."""
+        return max((residence.last_used_s for residence in self.residences.values()), default=0.0)
 
     @property
     def superseded(self) -> bool:
         """Its last name went to a newer generation."""
-        return self.host is Host.STAGED and not self.names
+        return self.ready and not self.names
+
+
+Residences = list[tuple[str, Place]]
+"""Residences by key and place, for the server to free."""
 
 
 class Store:
@@ -94,15 +160,24 @@ class Store:
         self.entries: dict[str, Entry] = {}
         self._names: dict[str, str] = {}
 
+    # What there is
+
     @property
     def limit_bytes(self) -> int:
-        """The most that entries may take, now."""
+        """The most that host copies may take, now."""
         return self._limit_bytes()
 
     @property
     def used_bytes(self) -> int:
         """What they take."""
-        return sum(entry.extent_bytes for entry in self.entries.values())
+        return sum(residence.extent_bytes for _, residence in self._residences() if residence.place.on_host)
+
+    def slab_bytes(self, uuid: str) -> int:
+        """What slabs take on one GPU."""
+        return sum(residence.extent_bytes for _, residence in self._residences() if residence.place.uuid == uuid)
+
+    def _residences(self) -> Iterable[tuple[Entry, Residence]]:
+        return ((entry, residence) for entry in self.entries.values() for residence in entry.residences.values())
 
     def find(self, names: Iterable[str], key: str = "") -> Entry | None:
         """The entry with this key, else the first that one of the names names."""
@@ -121,133 +196,205 @@ class Store:
             raise EntryNotFound(f"{names[0] if names else ''}: not cached; cached: {known}")
         return entry
 
-    def admit(self, entry: Entry) -> list[str]:
-        """Take a new entry in as STAGING. Returns the keys to evict first; HostMemoryFull if that cannot make room."""
-        assert entry.key not in self.entries, entry.key
-        victims = self.plan_eviction(entry.extent_bytes, entry.name)
-        entry.happen(Event.STAGE)
-        entry.last_used_s = self._clock()
-        self.entries[entry.key] = entry
-        return victims
+    # Filling
 
-    def plan_eviction(self, need_bytes: int, name: str) -> list[str]:
-        """Which idle ``file`` entries give way: superseded ones first, then the least recently used.
+    def fill(self, entry: Entry, place: Place, extent_bytes: int) -> Residences:
+        """Begin to fill a residence of an entry, new or known. Returns what to evict first.
 
-        HostMemoryFull, with what is in the way, if they do not suffice.
+        HostMemoryFull if policy cannot make room in the host tier; room on a GPU is the driver's to find.
         """
-        limit = self.limit_bytes
-        free = limit - self.used_bytes
-        victims = []
-        for entry in sorted(self._evictable(), key=lambda e: (not e.superseded, e.last_used_s)):
-            if free >= need_bytes:
-                break
-            victims.append(entry.key)
-            free += entry.extent_bytes
-        if free < need_bytes:
-            raise HostMemoryFull(self._full(name, need_bytes, limit))
-        return victims
+        victims = self.plan_eviction(extent_bytes, entry.name) if place.on_host else []
+        residence = Residence(place, extent_bytes, last_used_s=self._clock())
+        residence.happen(Event.FILL)
+        if entry.state(place) is not State.ABSENT:
+            raise IllegalTransition(f"{entry.key}: filled twice in {place}")
+        entry.residences[place] = residence
+        self.entries[entry.key] = entry
+        return [victim for victim in victims if victim != (entry.key, place)]
 
-    def _evictable(self) -> list[Entry]:
-        return [entry for entry in self.entries.values() if entry.idle and entry.provenance == "file"]  # I7
-
-    def _full(self, name: str, need_bytes: int, limit: int) -> str:
-        free = max(0, limit - self.used_bytes)
-        message = f"host tier full: {name} needs {format_size(need_bytes)}, {format_size(free)} free of {format_size(limit)}"
-        if need_bytes > limit:
-            return f"{message}; raise NBCache.host_limit"
-        in_the_way = [self._why_kept(entry) for entry in self.entries.values() if entry not in self._evictable()]
-        return f"{message}; in the way: {', '.join(in_the_way)}; evict or release one of them, or raise NBCache.host_limit"
-
-    def _why_kept(self, entry: Entry) -> str:
-        if entry.host is Host.STAGING:
-            why = "being staged"
-        elif entry.leases:
-            why = f"used by process {', '.join(str(pid) for pid in sorted(set(entry.leases.values())))}"
-        elif entry.pinned:
-            why = "pinned"
-        else:
-            why = f"saved with put, idle {format_duration(self._clock() - entry.last_used_s)}"
-        return f"{entry.name} ({format_size(entry.extent_bytes)}, {why})"
-
-    def complete(self, key: str) -> list[str]:
-        """Staging is done and sealed. Its names now mean this generation; returns the superseded keys to free."""
+    def complete(self, key: str, place: Place) -> Residences:
+        """A residence is whole. With the entry's first, its names come to mean this generation. Returns what it superseded."""
         entry = self.entries[key]
-        entry.happen(Event.SEAL)
+        entry.residences[place].happen(Event.COMPLETE)
         names, entry.names = entry.names, []
         return [freed for name in names for freed in self.give_name(key, name)]
 
-    def fail(self, key: str) -> None:
-        """Staging came to nothing: the entry is forgotten (I2)."""
-        self.entries[key].happen(Event.FAIL)
-        del self.entries[key]
+    def fail(self, key: str, place: Place) -> None:
+        """Filling came to nothing (I2); an entry without any residence is forgotten."""
+        self.entries[key].residences[place].happen(Event.FAIL)
+        self._forget(self.entries[key], place)
 
-    def give_name(self, key: str, name: str) -> list[str]:
-        """Let a name mean this entry. Returns the key of the entry that thereby lost its last name and is idle, to free.
+    def _forget(self, entry: Entry, place: Place) -> None:
+        del entry.residences[place]
+        if entry.residences:
+            return
+        for name in entry.names:
+            if self._names.get(name) == entry.key:
+                del self._names[name]
+        del self.entries[entry.key]
+
+    # Names
+
+    def give_name(self, key: str, name: str) -> Residences:
+        """Let a name mean this entry. Returns what is idle of the entry that thereby lost its last name, to free.
 
         A pin follows the name to the newer generation.
         """
         entry = self.entries[key]
-        if entry.host is Host.STAGING:
+        if not entry.ready:
             if name not in entry.names:
                 entry.names.append(name)
             return []
         older = self.entries.get(self._names.get(name, ""))
-        if older is entry:
-            return []
         self._names[name] = key
-        entry.names.append(name)
-        if older is None:
+        if name not in entry.names:
+            entry.names.append(name)
+        if entry.name not in entry.names:
+            entry.name = name
+        if older is None or older is entry:
             return []
         older.names.remove(name)
         if older.names:
             older.name = older.names[0] if older.name == name else older.name
             return []
         entry.pinned, older.pinned = entry.pinned or older.pinned, False
-        return self._free_superseded(older)
+        return self._superseded(older)
 
-    def grant(self, key: str, lease: int, pid: int) -> None:
-        """Note a lease on a complete entry."""
+    def _superseded(self, entry: Entry) -> Residences:
+        if not entry.superseded:
+            return []
+        return [(entry.key, place) for place, residence in entry.residences.items() if residence.idle]
+
+    # Leases
+
+    def grant(self, key: str, place: Place, lease: int, pid: int) -> None:
+        """Note a lease on a complete residence."""
+        residence = self.entries[key].residences[place]
+        if residence.state is not State.READY:  # I2
+            raise IllegalTransition(f"{key}: granted in {place} while {residence.state}")
+        residence.leases[lease] = pid
+        residence.last_used_s = self._clock()
+
+    def release(self, key: str, place: Place, lease: int) -> Residences:
+        """End a lease (I1). Returns what is idle of the entry if it is superseded, to free."""
         entry = self.entries[key]
-        assert entry.host is Host.STAGED, entry  # I2
-        entry.leases[lease] = pid
-        entry.last_used_s = self._clock()
-
-    def release(self, key: str, lease: int) -> list[str]:
-        """End a lease (I1). Returns the key if the entry is superseded and now idle, to free."""
-        entry = self.entries[key]
-        del entry.leases[lease]
-        entry.last_used_s = self._clock()
-        return self._free_superseded(entry)
-
-    def _free_superseded(self, entry: Entry) -> list[str]:
-        return [entry.key] if entry.superseded and entry.idle else []
+        residence = entry.residences[place]
+        del residence.leases[lease]
+        residence.last_used_s = self._clock()
+        return self._superseded(entry)
 
     def pin(self, names: Sequence[str], pinned: bool) -> None:
         """Pin or unpin; EntryNotFound if there is no such entry."""
         self.named(names).pinned = pinned
+
+    # Eviction
+
+    def plan_eviction(self, need_bytes: int, name: str) -> Residences:
+        """Which idle host copies of ``file`` entries give way: superseded ones first, then the least recently used.
+
+        HostMemoryFull, with what is in the way, if they do not suffice.
+        """
+        limit = self.limit_bytes
+        free = limit - self.used_bytes
+        victims: Residences = []
+        for entry, residence in sorted(self._evictable(), key=lambda pair: (not pair[0].superseded, pair[1].last_used_s)):
+            if free >= need_bytes:
+                break
+            victims.append((entry.key, residence.place))
+            free += residence.extent_bytes
+        if free < need_bytes:
+            raise HostMemoryFull(self._host_full(name, need_bytes, limit))
+        return victims
+
+    def _evictable(self) -> list[tuple[Entry, Residence]]:
+        """Host copies that policy may take (I4, I7)."""
+        return [
+            (entry, residence)
+            for entry, residence in self._residences()
+            if residence.place.on_host and residence.idle and not entry.pinned and entry.provenance == "file"
+        ]
+
+    def _host_full(self, name: str, need_bytes: int, limit: int) -> str:
+        free = max(0, limit - self.used_bytes)
+        message = f"host tier full: {name} needs {format_size(need_bytes)}, {format_size(free)} free of {format_size(limit)}"
+        if need_bytes > limit:
+            return f"{message}; raise NBCache.host_limit"
+        going = {id(residence) for _, residence in self._evictable()}
+        ways = [
+            self._why_kept(entry, residence)
+            for entry, residence in self._residences()
+            if residence.place.on_host and id(residence) not in going
+        ]
+        return f"{message}; in the way: {', '.join(ways)}; evict or release one of them, or raise NBCache.host_limit"
+
+    def _why_kept(self, entry: Entry, residence: Residence) -> str:
+        if residence.state is State.FILLING:
+            why = "being filled"
+        elif residence.leases:
+            why = f"used by process {', '.join(str(pid) for pid in sorted(set(residence.leases.values())))}"
+        elif entry.pinned:
+            why = "pinned"
+        else:
+            idle = format_duration(self._clock() - residence.last_used_s)
+            why = f"saved with put, idle {idle}" if entry.provenance == "put" else f"idle {idle}"
+        return f"{entry.name} ({format_size(residence.extent_bytes)}, {why})"
+
+    def idle_slabs(self, uuid: str = "", names: Sequence[str] = (), unused_s: float = 0.0) -> Residences:
+        """Slabs that nobody leases or pins, least recently used first: on one GPU, of one entry, unused for so long, as asked.
+
+        EntryNotFound if ``names`` name no entry.
+        """
+        only = self.named(names) if names else None
+        now = self._clock()
+        found = [
+            (residence.last_used_s, entry.key, residence.place)
+            for entry, residence in self._residences()
+            if not residence.place.on_host
+            and residence.idle
+            and not entry.pinned
+            and (not uuid or residence.place.uuid == uuid)
+            and (only is None or entry is only)
+            and now - residence.last_used_s >= unused_s
+        ]
+        return [(key, place) for _, key, place in sorted(found, key=lambda item: item[0])]
+
+    def device_full(self, uuid: str, name: str, need_bytes: int, free_bytes: int) -> DeviceMemoryFull:
+        """The error for a slab that does not fit, with who holds what."""
+        held = [self._why_kept(e, r) for e, r in self._residences() if r.place.uuid == uuid and r.place.kind is Kind.DEVICE]
+        message = f"GPU {uuid} full: {name} needs {format_size(need_bytes)}, {format_size(free_bytes)} free"
+        if held:
+            message += f"; nbcache holds {', '.join(held)}"
+        return DeviceMemoryFull(f"{message}; free memory in the kernels that use this GPU, or release weights there")
 
     def check_evictable(self, names: Sequence[str]) -> Entry:
         """The entry, if a person may evict it by name; EntryNotFound or EntryInUse, with who uses it, if not (I4)."""
         entry = self.named(names)
         if entry.pinned:
             raise EntryInUse(f"{entry.name} is pinned; unpin it first (%weights unpin {entry.name})")
-        if not entry.idle:
-            raise EntryInUse(
-                f"{self._why_kept(entry)}; release it there (del the weights, or restart that kernel), then evict it"
-            )
+        for residence in entry.residences.values():
+            if not residence.idle:
+                raise EntryInUse(
+                    f"{self._why_kept(entry, residence)}; release it there (del the weights, or restart that kernel), "
+                    "then evict it"
+                )
         return entry
 
     def evictable_by_all(self) -> tuple[list[str], list[str]]:
-        """For "evict everything": the keys that go, and the names that stay because only their own name evicts them."""
-        going = self._evictable()
-        return [e.key for e in going], [self._why_kept(e) for e in self.entries.values() if e not in going]
+        """For "evict everything": the keys that go, and what stays because it is in use or only its own name evicts it."""
+        going, kept = [], []
+        for entry in self.entries.values():
+            busy = next((residence for residence in entry.residences.values() if not residence.idle), None)
+            if busy is None and not entry.pinned and entry.provenance == "file":
+                going.append(entry.key)
+            else:
+                kept.append(self._why_kept(entry, busy or next(iter(entry.residences.values()))))
+        return going, kept
 
-    def evict(self, key: str) -> None:
-        """Forget an entry whose memory the server frees. IllegalTransition if it is not complete, or is in use (I4)."""
+    def evict(self, key: str, place: Place) -> None:
+        """Forget a residence whose memory the server frees. IllegalTransition if it is not complete, or is in use (I4)."""
         entry = self.entries[key]
-        if entry.leases or entry.pinned:
-            raise IllegalTransition(f"{key}: evicted while in use")
-        entry.happen(Event.EVICT)
-        for name in entry.names:
-            del self._names[name]
-        del self.entries[key]
+        residence = entry.residences[place]
+        if residence.leases or entry.pinned:
+            raise IllegalTransition(f"{key}: evicted from {place} while in use")
+        residence.happen(Event.EVICT)
+        self._forget(entry, place)

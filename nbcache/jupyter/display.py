@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,23 +43,46 @@ def render_status(status: Status) -> str:
     head = f"host tier: {format_size(host.used_bytes)} of {format_size(host.limit_bytes)} used; daemon {status.pid}"
     if not status.entries:
         return f"{head}; nothing cached"
-    rows: list[tuple[str, ...]] = [("name", "size", "tensors", "host", "used by", "idle", "")]
-    rows += [_row(entry) for entry in status.entries]
-    return "\n".join([head, *_columns(rows)])
+    gpus = {gpu.uuid: f"gpu {number}" for number, gpu in enumerate(status.devices)}
+    lines = [head, *(f"{gpus[gpu.uuid]}: {gpu.name}, {format_size(gpu.slab_bytes)} of weights" for gpu in status.devices)]
+    rows: list[tuple[str, ...]] = [("name", "size", "tensors", "where", "used by", "idle", "")]
+    rows += [_row(entry, gpus) for entry in status.entries]
+    return "\n".join([*lines, *_columns(rows)])
 
 
-def _row(entry: EntryStatus) -> tuple[str, ...]:
+def idle_slab_bytes(status: Status) -> int:
+    """GPU memory, in bytes of tensors, that holds weights which no kernel uses."""
+    return sum(
+        entry.bytes
+        for entry in status.entries
+        for slab in entry.devices
+        if slab.state == "resident" and not slab.leases and not entry.pinned
+    )
+
+
+def _row(entry: EntryStatus, gpus: Mapping[str, str]) -> tuple[str, ...]:
     users = ", ".join(dict.fromkeys(short_name(lease.label) or f"pid {lease.pid}" for lease in entry.used_by))
     remarks = [remark for remark, holds in (("pinned", entry.pinned), ("saved", entry.provenance == "put")) if holds]
     return (
         short_name(entry.name),
         format_size(entry.bytes),
         str(entry.tensors),
-        entry.host,
+        ", ".join(_where(entry, gpus)),
         users or "-",
         "-" if entry.leases else format_duration(entry.last_used_s),
         ", ".join(remarks),
     )
+
+
+def _where(entry: EntryStatus, gpus: Mapping[str, str]) -> list[str]:
+    host = [] if entry.host == "absent" else ["host" if entry.host == "staged" else "host (staging)"]
+    slabs = [
+        gpus.get(slab.uuid, slab.uuid)
+        + (f" as {slab.dtype}" if slab.dtype else "")
+        + (" (filling)" if slab.state == "filling" else "")
+        for slab in entry.devices
+    ]
+    return host + slabs
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:

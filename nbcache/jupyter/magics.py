@@ -5,20 +5,24 @@ Errors of nbcache become a ``UsageError``: one line, no traceback, the same word
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
 
 from IPython.core.error import UsageError
-from IPython.core.interactiveshell import InteractiveShell
+from IPython.core.interactiveshell import ExecutionResult, InteractiveShell
 from IPython.core.magic import Magics, line_magic, magics_class, no_var_expand
 from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
 
 from nbcache.client import api
-from nbcache.client.weights import SHARE_MODES, Weights
+from nbcache.client.options import SHARE_MODES
+from nbcache.client.weights import Weights
 from nbcache.errors import NBCacheError
-from nbcache.jupyter.display import StatusView, summary
+from nbcache.jupyter.display import StatusView, idle_slab_bytes, summary
+from nbcache.units import format_size
 
 R = TypeVar("R")
 
@@ -87,7 +91,12 @@ class NBCacheMagics(Magics):
 
     @_one_line_errors
     @magic_arguments()
-    @argument("action", nargs="?", choices=("evict", "pin", "unpin"), help="What to do; without it, show what is cached.")
+    @argument(
+        "action",
+        nargs="?",
+        choices=("evict", "pin", "unpin", "free-gpu"),
+        help="What to do; without it, show what is cached. free-gpu drops what no kernel uses from the GPUs, all or NAME's.",
+    )
     @argument("name", nargs="?", metavar="NAME", help="The entry to do it to.")
     @line_magic
     def weights(self, line: str) -> StatusView | None:
@@ -98,13 +107,18 @@ class NBCacheMagics(Magics):
             %weights
             %weights pin ~/models/minilm
             %weights evict embeddings
+            %weights free-gpu
         """
         args = parse_argstring(self.weights, line)
         if not args.action:
             return StatusView(api.status())
-        if not args.name:
+        name = _unquoted(args.name or "")
+        if args.action == "free-gpu":
+            freed = api.free_gpu(name)
+            print(f"freed {format_size(freed.freed_bytes)} of GPU memory")  # noqa: T201
+            return None
+        if not name:
             raise UsageError(f"%weights {args.action} NAME: which entry?")
-        name = _unquoted(args.name)
         if args.action == "evict":
             api.evict(name)
         elif args.action == "pin":
@@ -112,6 +126,17 @@ class NBCacheMagics(Magics):
         else:
             api.unpin(name)
         return None
+
+    def after_cell(self, result: ExecutionResult) -> None:
+        """IPython calls this after each cell: let go of weights that it dropped; help where the GPU was full."""
+        cow = sys.modules.get("nbcache.client.cow")
+        if cow is not None:
+            cow.sweep()
+        if type(result.error_in_exec).__name__ == "OutOfMemoryError":
+            with contextlib.suppress(NBCacheError):
+                idle = idle_slab_bytes(api.status())
+                if idle:
+                    print(f"nbcache: {format_size(idle)} of GPU memory hold weights that no kernel uses: %weights free-gpu")  # noqa: T201
 
     @property
     def _shell(self) -> InteractiveShell:
@@ -126,13 +151,18 @@ def _unquoted(text: str) -> str:
 
 def register(shell: InteractiveShell) -> None:
     """Add the magics to a shell."""
-    shell.register_magics(NBCacheMagics(shell))
+    magics = NBCacheMagics(shell)
+    shell.register_magics(magics)
+    shell.events.register("post_run_cell", magics.after_cell)
 
 
 def unregister(shell: InteractiveShell) -> None:
     """Take them away again, without a trace."""
     manager: Any = shell.magics_manager
     registered = manager.registry.pop(NBCacheMagics.__name__, None)
+    if registered is None:
+        return
+    shell.events.unregister("post_run_cell", registered.after_cell)
     for magics in manager.magics.values():
         for name in [name for name, magic in magics.items() if getattr(magic, "__self__", None) is registered]:
             del magics[name]

@@ -30,18 +30,29 @@ class Hello(Message, frozen=True, tag="hello"):
     label: str = ""
 
 
+class DeviceWish(msgspec.Struct, frozen=True):
+    """A slab: on the GPU of this UUID, floating-point tensors as this dtype (empty: as in the file)."""
+
+    uuid: str
+    dtype: str = ""
+
+
 class Find(Message, frozen=True, tag="find"):
     """Client: the entry with this key, or, without a key, the first that one of these names names.
 
-    An entry that is found by key gets the names as aliases. Answered by Granted, by Progress while it is staged, or by Absent.
+    An entry that is found by key gets the names as aliases. Without a ``device`` it is wanted in shared host memory, or, with
+    ``warm``, in whichever host memory this machine's loads will want. Answered by Granted, by Progress while it is staged, by
+    Vacant if the slab is yet to be filled, or by Absent: then the files are needed.
     """
 
     names: tuple[str, ...] = ()
     key: str = ""
+    device: DeviceWish | None = None
+    warm: bool = False
 
 
 class Stage(Message, frozen=True, tag="stage"):
-    """Client: read these files into an entry. Answered as Find is.
+    """Client: read these files into an entry, for what the last Find wished. Answered as Find is.
 
     Descriptors: the manifest, then the first of ``file_count`` files; the rest follow in Files.
     """
@@ -65,7 +76,25 @@ class Reserve(Message, frozen=True, tag="reserve"):
 
 
 class Commit(Message, frozen=True, tag="commit"):
-    """Client: what I reserved is filled and I no longer map it writable. Answered by Granted."""
+    """Client: what I reserved, or the slab I fill, is full and I no longer map it writable. Answered by Granted."""
+
+
+class Fill(Message, frozen=True, tag="fill"):
+    """Client, after Vacant: I will fill a slab of this size. Answered by Filling, or as Find is if another is quicker."""
+
+    extent_bytes: int
+
+
+class Want(Message, frozen=True, tag="want"):
+    """Client, while it fills: the host copy's block of this number. Answered by Block once staged, by Progress until then."""
+
+    number: int
+
+
+class FreeGpu(Message, frozen=True, tag="free_gpu"):
+    """Client: drop the idle slabs, all of them or those of the entry that these names name. Answered by Evicted."""
+
+    names: tuple[str, ...] = ()
 
 
 class Evict(Message, frozen=True, tag="evict"):
@@ -98,9 +127,12 @@ class Welcome(Message, frozen=True, tag="welcome"):
 
 
 class Granted(Message, frozen=True, tag="granted"):
-    """Daemon: a lease, for as long as this connection and its process live. Descriptors: the manifest and the sealed block."""
+    """Daemon: a lease, for as long as this connection and its process live.
 
-    DESCRIPTORS = (2, 2)
+    Descriptors: the manifest, and the sealed block or the slab. A pinned host copy has none: it is only held.
+    """
+
+    DESCRIPTORS = (1, 2)
     key: str
     name: str
     provenance: str
@@ -109,7 +141,29 @@ class Granted(Message, frozen=True, tag="granted"):
 
 
 class Absent(Message, frozen=True, tag="absent"):
-    """Daemon: no such entry."""
+    """Daemon: no such entry, or no bytes of it that could serve."""
+
+
+class Vacant(Message, frozen=True, tag="vacant"):
+    """Daemon: the entry's host copy is there or on its way, but no slab is; Fill one. Descriptor: the manifest."""
+
+    DESCRIPTORS = (1, 1)
+    key: str
+
+
+class Filling(Message, frozen=True, tag="filling"):
+    """Daemon: yours to fill from the host copy, which is cut into blocks of this size. Descriptor: the slab."""
+
+    DESCRIPTORS = (1, 1)
+    block_bytes: int
+
+
+class Block(Message, frozen=True, tag="block"):
+    """Daemon: a block of the host copy, staged. Descriptor: the block, to be mapped for the GPU."""
+
+    DESCRIPTORS = (1, 1)
+    number: int
+    size_bytes: int
 
 
 class Progress(Message, frozen=True, tag="progress"):
@@ -150,8 +204,8 @@ class Failed(Message, frozen=True, tag="failed"):
     message: str
 
 
-ClientMessage = Hello | Find | Stage | Files | Reserve | Commit | Evict | Pin | Query
-DaemonMessage = Welcome | Granted | Absent | Progress | Reserved | Done | Evicted | Document | Failed
+ClientMessage = Hello | Find | Stage | Files | Reserve | Commit | Fill | Want | FreeGpu | Evict | Pin | Query
+DaemonMessage = Welcome | Granted | Absent | Vacant | Filling | Block | Progress | Reserved | Done | Evicted | Document | Failed
 
 
 class Lease(msgspec.Struct, frozen=True):
@@ -180,6 +234,7 @@ class EntryStatus(msgspec.Struct, frozen=True):
     bytes: int
     tensors: int
     host: str
+    host_kind: str
     devices: tuple[DeviceResidence, ...]
     leases: int
     pinned: bool

@@ -1,31 +1,23 @@
-"""Measurements on the user's own machine, each beside its floor or its rival in the same run.
-
-A benchmark has a daemon of its own in a temporary runtime directory, so that it neither meets nor disturbs the user's. What a
-kernel would do is measured in fresh processes. Times are wall clock; machines are noisy, so read ratios rather than figures.
-"""
+"""Attaching and staging on the CPU, beside stock ``load_file`` and plain reading."""
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import shutil
 import statistics
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import msgspec
-import multiprocess
 
+from nbcache.bench.disk import CHUNK_BYTES, reading_threads
+from nbcache.bench.isolation import own_daemon, run_fresh, time_call
 from nbcache.client import api
-from nbcache.client.session import stop_daemon
 from nbcache.errors import UnsupportedFormat
 from nbcache.units import format_duration, format_size
-
-CHUNK_BYTES = 8 << 20
 
 
 class Attach(msgspec.Struct, frozen=True):
@@ -61,22 +53,6 @@ class Stage(msgspec.Struct, frozen=True):
     threads: int
 
 
-@contextlib.contextmanager
-def own_daemon() -> Iterator[Path]:
-    """A temporary directory, and in it a daemon that is nobody else's."""
-    before = os.environ.get("NBCACHE_RUNTIME_DIR")
-    with tempfile.TemporaryDirectory(prefix="nbcache-bench-") as directory:
-        os.environ["NBCACHE_RUNTIME_DIR"] = directory
-        try:
-            yield Path(directory)
-        finally:
-            stop_daemon()
-            if before is None:
-                del os.environ["NBCACHE_RUNTIME_DIR"]
-            else:
-                os.environ["NBCACHE_RUNTIME_DIR"] = before
-
-
 def measure_attach(checkpoint: str | None, processes: int = 5, loads: int = 20) -> list[Attach]:
     """Attach ``checkpoint``, or synthetic checkpoints of 100 to 20 000 tensors and a put entry, beside stock ``load_file``."""
     with own_daemon() as directory:
@@ -93,7 +69,7 @@ def measure_attach(checkpoint: str | None, processes: int = 5, loads: int = 20) 
 
 def _measure_attach(what: str, name: str, processes: int, loads: int) -> Attach:
     entry, _ = api.stage(name)
-    runs = [_in_fresh_process(_time_loads, name, loads) for _ in range(processes)]
+    runs = [run_fresh(partial(_time_loads, name, loads)) for _ in range(processes)]
     ours, stock = [run[0] for run in runs], [run[1] for run in runs]
     return Attach(
         what=what,
@@ -112,7 +88,7 @@ def _measure_put(processes: int, loads: int) -> Attach:
     import torch
 
     api.put("bench", {f"layer.{i}": torch.zeros(218_400) for i in range(104)}).release()
-    runs = [_in_fresh_process(_time_loads, "bench", loads)[0] for _ in range(processes)]
+    runs = [run_fresh(partial(_time_loads, "bench", loads))[0] for _ in range(processes)]
     return Attach(
         what="put entry",
         tensors=104,
@@ -124,14 +100,6 @@ def _measure_put(processes: int, loads: int) -> Attach:
         processes=processes,
         loads=loads,
     )
-
-
-def _in_fresh_process(
-    work: Callable[..., tuple[list[float], list[float]]], *arguments: object
-) -> tuple[list[float], list[float]]:
-    with multiprocess.get_context("spawn").Pool(1) as pool:
-        result: tuple[list[float], list[float]] = pool.apply(work, arguments)
-        return result
 
 
 def _time_loads(name: str, loads: int) -> tuple[list[float], list[float]]:
@@ -146,19 +114,10 @@ def _time_loads(name: str, loads: int) -> tuple[list[float], list[float]]:
         stock = lambda: load_file(name)  # noqa: E731
     ours_s, stock_s = [], []
     for _ in range(loads):
-        ours_s.append(_time(lambda: api.load(name, device="cpu")))
+        ours_s.append(time_call(lambda: api.load(name, device="cpu")))
         if stock:
-            stock_s.append(_time(stock))
+            stock_s.append(time_call(stock))
     return ours_s, stock_s
-
-
-def _time(work: Callable[[], object]) -> float:
-    """Seconds until ``work`` returned; letting go of the result does not count."""
-    start = time.perf_counter()
-    result = work()
-    elapsed = time.perf_counter() - start
-    del result
-    return elapsed
 
 
 def _write_synthetic(path: Path, count: int, nbytes: int) -> None:
@@ -197,15 +156,15 @@ def measure_stage(nbytes: int = 4 << 30, rounds: int = 3, directory: str | None 
 
 
 def _measure_stage(path: Path, rounds: int) -> Stage:
-    threads = min(16, max(2, os.cpu_count() or 2))
+    threads = reading_threads()
     size = path.stat().st_size
     _read_plainly(path, threads)  # heats the page cache, and this process
     api.stage(str(path))
     staged, plain = [], []
     for _ in range(rounds):
         api.evict(str(path))
-        plain.append(_time(lambda: _read_plainly(path, threads)))
-        staged.append(_time(lambda: api.stage(str(path))))
+        plain.append(time_call(lambda: _read_plainly(path, threads)))
+        staged.append(time_call(lambda: api.stage(str(path))))
     ratio = statistics.median(p / s for p, s in zip(plain, staged, strict=True))
     return Stage(size, size / statistics.median(staged), size / statistics.median(plain), ratio, rounds, threads)
 

@@ -1,0 +1,75 @@
+"""A load, from a name or a key to tensors: which device, which tier, and what to do where there is no usable GPU."""
+
+from __future__ import annotations
+
+import os
+import warnings
+import weakref
+from collections.abc import Callable
+
+import torch
+
+from nbcache.client import tensors as edge
+from nbcache.client.device import find_device
+from nbcache.client.fill import Grant, Offer, Wish, acquire, reacquire
+from nbcache.client.options import Loaded, Options
+from nbcache.client.session import ProgressCallback
+from nbcache.errors import DriverError, ProtocolError
+from nbcache.memory.shared import map_private
+
+Acquire = Callable[[Wish], Grant | Offer]
+"""Finds or stages the entry of a load, as wished."""
+
+
+class NoSharedGpuMemory(UserWarning):
+    """The GPU tier cannot be used; weights were copied to the GPU the ordinary way."""
+
+
+def load_name(name: str, options: Options, on_progress: ProgressCallback | None) -> Loaded:
+    """Load by name or path. Raises what :func:`nbcache.load` documents."""
+    return _load(lambda wish: acquire(name, wish, on_progress), options, on_progress)
+
+
+def load_key(key: str, options: Options) -> Loaded:
+    """Load a generation by its key; EntryNotFound if it is gone."""
+    return _load(lambda wish: reacquire(key, wish), options, None)
+
+
+def _load(get: Acquire, options: Options, on_progress: ProgressCallback | None) -> Loaded:
+    device = edge.resolve_device(options.device)
+    dtype = edge.resolve_dtype(options.dtype)
+    if device.type == "cpu":
+        return over_host(_granted(get(Wish())), device, dtype, private=options.share == "private")
+    try:
+        gpu = find_device(device)
+        return gpu.load(get, dtype, options.share, on_progress)
+    except DriverError as error:
+        warnings.warn(f"no shared GPU memory: {error}; copying to {device}", NoSharedGpuMemory, stacklevel=4)
+        return over_host(_granted(get(Wish())), edge.real_device(device), dtype, private=True)
+
+
+def _granted(found: Grant | Offer) -> Grant:
+    if isinstance(found, Offer):
+        found.close()
+        raise ProtocolError("the daemon offered a slab that nobody asked for")
+    return found
+
+
+def over_host(grant: Grant, device: torch.device, dtype: torch.dtype | None, private: bool) -> Loaded:
+    """The tensors of a shared host copy, on the CPU or copied to a GPU. Takes the grant over, and ends it if this raises."""
+    try:
+        fd = grant.take_fd()
+        try:
+            area = map_private(fd, grant.manifest.extent_bytes)
+        finally:
+            os.close(fd)
+        weakref.finalize(area, grant.session.close).atexit = False
+        mapped = edge.attach(grant.manifest, area)
+        given = mapped
+        if private or dtype is not None or device.type != "cpu":
+            given = edge.convert(mapped, device, dtype, copy=private)
+        private_bytes = sum(tensor.nbytes for name, tensor in given.items() if tensor is not mapped[name])
+        return Loaded(given, grant.key, grant.name, device, grant.manifest.metadata, private_bytes, grant.hit)
+    except BaseException:
+        grant.close()
+        raise

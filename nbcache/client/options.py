@@ -1,0 +1,45 @@
+"""How a load is asked for, and what it comes to. No torch at run time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from nbcache.errors import InvalidOption
+
+if TYPE_CHECKING:
+    import torch
+
+    from nbcache.client.device import SlabMap
+
+Share = Literal["cow", "readonly", "private"]
+SHARE_MODES: tuple[Share, ...] = ("cow", "readonly", "private")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an entry is to be given: where, as what, shared how. What a pickled ``Weights`` carries beside its key."""
+
+    device: object = None
+    dtype: object = None
+    share: Share = "cow"
+
+    def check(self) -> None:
+        """InvalidOption for a share mode that does not exist; devices and dtypes are checked against torch later."""
+        if self.share not in SHARE_MODES:
+            raise InvalidOption(f"share={self.share!r}: choose one of {', '.join(SHARE_MODES)}")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a load came to: tensors that keep what is below them alive."""
+
+    tensors: dict[str, torch.Tensor]
+    key: str
+    name: str
+    device: torch.device
+    metadata: Mapping[str, str]
+    private_bytes: int
+    hit: bool
+    slab: SlabMap | None = None

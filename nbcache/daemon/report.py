@@ -1,0 +1,62 @@
+"""The status document, from what the daemon knows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Protocol
+
+from nbcache import __version__
+from nbcache.daemon.store import Entry, Kind, Residence, State, Store
+from nbcache.memory.driver import Driver
+from nbcache.protocol import messages as m
+
+_HOST_WORDS = {State.ABSENT: "absent", State.FILLING: "staging", State.READY: "staged"}
+_DEVICE_WORDS = {State.FILLING: "filling", State.READY: "resident"}
+
+
+class User(Protocol):
+    """Who holds a lease: a connection."""
+
+    pid: int
+    label: str
+
+
+def describe_status(store: Store, users: Mapping[int, User], driver: Driver | None, uptime_s: float, now_s: float) -> m.Status:
+    """The document that ``nbcache status --json`` prints. ``users`` are found by lease."""
+    gpus = driver.gpus() if driver else ()
+    return m.Status(
+        version=__version__,
+        protocol=m.PROTOCOL_VERSION,
+        pid=os.getpid(),
+        uptime_s=round(uptime_s, 3),
+        host=m.HostStatus(store.used_bytes, store.limit_bytes),
+        devices=tuple(m.DeviceStatus(gpu.uuid, gpu.name, store.slab_bytes(gpu.uuid)) for gpu in gpus),
+        entries=tuple(_entry_status(entry, users, now_s) for entry in store.entries.values()),
+    )
+
+
+def _entry_status(entry: Entry, users: Mapping[int, User], now_s: float) -> m.EntryStatus:
+    leases = entry.leases
+    kinds = [place.kind.value for place in entry.residences if place.on_host]
+    return m.EntryStatus(
+        name=entry.name,
+        aliases=tuple(name for name in entry.names if name != entry.name),
+        provenance=entry.provenance,
+        source=entry.source,
+        bytes=entry.bytes,
+        tensors=entry.tensors,
+        host=_HOST_WORDS[entry.host],
+        host_kind="both" if len(kinds) > 1 else "".join(kinds),
+        devices=tuple(_residence(r) for r in entry.residences.values() if r.place.kind is Kind.DEVICE),
+        leases=len(leases),
+        pinned=entry.pinned,
+        last_used_s=round(now_s - entry.last_used_s, 3),
+        key=entry.key,
+        used_by=tuple(m.Lease(users[lease].pid, users[lease].label) for lease in leases),
+    )
+
+
+def _residence(residence: Residence) -> m.DeviceResidence:
+    place = residence.place
+    return m.DeviceResidence(place.uuid, place.dtype, _DEVICE_WORDS[residence.state], len(residence.leases))

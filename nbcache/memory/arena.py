@@ -1,0 +1,107 @@
+"""The pinned host tier: CuPy-pinned arrays in memory that other processes can map.
+
+An :class:`Arena` is CuPy's pinned allocator over exportable blocks of the driver's: ``cupyx.empty_pinned`` gives the arrays,
+and each array's memory is also a descriptor that a kernel maps for its GPU. An entry's pinned copy is a row of such blocks,
+created as they are filled, because creating pinned memory is slower than reading a hot file. The only module that imports CuPy,
+when the first block is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from nbcache.errors import DriverError
+from nbcache.memory.driver import Driver, Mapped, cpu_view
+
+BLOCK_BYTES = 512 << 20
+
+PinnedArray = Any
+"""What the array maker gives: an array of bytes over a mapped block, keeping nothing but the address."""
+
+
+class ArrayMaker(Protocol):
+    """Makes an array over a mapped block. :class:`CupyArrays` in earnest; the tests' emulation has a plain one."""
+
+    def __call__(self, mapped: Mapped) -> PinnedArray:
+        """The array."""
+
+
+class CupyArrays:
+    """``cupyx.empty_pinned`` over our blocks: CuPy asks its allocator for memory, and is handed the block."""
+
+    def __init__(self) -> None:
+        try:
+            import cupy
+            import cupyx
+        except ImportError as error:
+            raise DriverError("CuPy is not installed; pip install 'nbcache[cuda13]' or 'nbcache[cuda12]'") from error
+        self._cupy: Any = cupy
+        self._cupyx: Any = cupyx
+        self._next: Mapped | None = None
+        cupy.cuda.set_pinned_memory_allocator(self._allocate)
+
+    def _allocate(self, size_bytes: int) -> Any:  # noqa: ANN401 - cupy.cuda.PinnedMemoryPointer
+        mapped, self._next = self._next, None
+        if mapped is None or size_bytes > mapped.size_bytes:
+            raise DriverError(f"a pinned array of {size_bytes} bytes outside the arena")
+        return self._cupy.cuda.PinnedMemoryPointer(_Block(mapped), 0)
+
+    def __call__(self, mapped: Mapped) -> PinnedArray:
+        """An array of bytes over the whole block."""
+        self._next = mapped
+        return self._cupyx.empty_pinned(mapped.size_bytes, dtype="u1")
+
+
+class _Block:
+    """What CuPy wants of memory: ``ptr``, ``size``, ``device_id``."""
+
+    def __init__(self, mapped: Mapped) -> None:
+        self.ptr = mapped.address
+        self.size = mapped.size_bytes
+        self.device_id = 0
+
+
+class PinnedBlock:
+    """One block: its descriptor, its array and its bytes. Close it."""
+
+    def __init__(self, driver: Driver, arrays: ArrayMaker, size_bytes: int) -> None:
+        self._driver = driver
+        self.size_bytes = size_bytes
+        self.fd = driver.create_block(size_bytes)
+        try:
+            self._mapped = driver.map_block(self.fd, size_bytes)
+            self.array: PinnedArray = arrays(self._mapped)
+        except BaseException:
+            driver.close(self.fd)
+            raise
+
+    def view(self) -> memoryview:
+        """The block's bytes, writable. No copy."""
+        return cpu_view(self._mapped)
+
+    def close(self) -> None:
+        """Unmap, and give the descriptor back. No view or array of it may be used any more."""
+        self.array = None
+        self._mapped.close()
+        self._driver.close(self.fd)
+
+
+class Arena:
+    """Makes pinned blocks. ``open_arrays`` is called once, when the first is made: importing CuPy takes seconds."""
+
+    def __init__(self, driver: Driver, open_arrays: Callable[[], ArrayMaker] | None = None) -> None:
+        self._driver = driver
+        self._open_arrays = open_arrays or CupyArrays
+        self._arrays: ArrayMaker | None = None
+
+    def acquire(self, size_bytes: int) -> PinnedBlock:
+        """A new block. DriverError, DeviceMemoryFull if the driver gives none."""
+        if self._arrays is None:
+            self._arrays = self._open_arrays()
+        return PinnedBlock(self._driver, self._arrays, size_bytes)
+
+
+def block_sizes(extent_bytes: int, block_bytes: int = BLOCK_BYTES) -> list[int]:
+    """How an extent is cut into blocks: all of ``block_bytes`` but the last."""
+    return [min(block_bytes, extent_bytes - at) for at in range(0, extent_bytes, block_bytes)]
