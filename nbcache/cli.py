@@ -53,6 +53,8 @@ def serve(host_limit: Annotated[str, typer.Option(help="Most host memory for ent
     """Run the daemon here, in the foreground, until Ctrl-C. Loads start one by themselves; this is for service units."""
     from nbcache.daemon.lifecycle import serve_foreground
 
+    if host_limit:
+        parse_size(host_limit)
     serve_foreground(NBCache(host_limit=host_limit) if host_limit else NBCache())
 
 

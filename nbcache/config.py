@@ -6,6 +6,7 @@ settings reach the daemon that it starts.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from dataclasses import dataclass
@@ -146,8 +147,9 @@ class RuntimePaths:
                     f"{directory} belongs to user {found.st_uid}, not to you ({os.getuid()}); set NBCACHE_RUNTIME_DIR to a "
                     "directory of your own"
                 )
-        if stat.S_IMODE(self.runtime.stat().st_mode) & 0o077:
-            self.runtime.chmod(0o700)
+        with contextlib.suppress(FileNotFoundError):  # it can vanish at once
+            if stat.S_IMODE(self.runtime.stat().st_mode) & 0o077:
+                self.runtime.chmod(0o700)
 
 
 class SocketAddress:

@@ -7,8 +7,9 @@ lets a kernel adopt each of them in place as a storage of its own.
 
 Three classes by size: at most 1 MiB, under 10 MiB, larger. Within a class tensors ascend by size rounded up to 512 bytes
 (equal sizes keep their order). The first class is packed into segments of 2 MiB, the second into segments of 20 MiB, where a
-remainder of 1 MiB or less is not split off; each larger tensor has a segment of its own, rounded up to 2 MiB. Ascending
-order means that the rest of a segment, once too small for a tensor, is too small for every later one.
+remainder of 1 MiB or less is not split off; each larger tensor has a segment of its own, rounded up to 2 MiB, but for the first
+where it fits into what the second class left of its last segment. Ascending order means that the rest of a segment, once too
+small for a tensor, is too small for every later one.
 """
 
 from __future__ import annotations
@@ -52,16 +53,20 @@ def plan_layout(sizes_bytes: Sequence[int]) -> Layout:
     middle = [(size, index) for size, index in order if SMALL_LIMIT < size < MIDDLE_LIMIT]
     large = [(size, index) for size, index in order if size >= MIDDLE_LIMIT]
     places = [0] * len(sizes_bytes)
-    end = _pack(small, SMALL_SEGMENT, ALIGNMENT - 1, 0, places)
-    end = _pack(middle, MIDDLE_SEGMENT, UNSPLIT_REMAINDER, end, places)
+    end, _ = _pack(small, SMALL_SEGMENT, ALIGNMENT - 1, 0, places)
+    end, left = _pack(middle, MIDDLE_SEGMENT, UNSPLIT_REMAINDER, end, places)
+    if large and large[0][0] <= left:
+        places[large.pop(0)[1]] = end - left
     for size, index in large:
         places[index] = end
         end += round_up(size, LARGE_ROUNDING)
     return Layout(tuple(places), max(end, SMALL_SEGMENT))
 
 
-def _pack(tensors: Iterable[tuple[int, int]], segment_bytes: int, unsplit_bytes: int, end: int, places: list[int]) -> int:
-    """Fill segments that start at ``end`` one after the other; returns the new end."""
+def _pack(
+    tensors: Iterable[tuple[int, int]], segment_bytes: int, unsplit_bytes: int, end: int, places: list[int]
+) -> tuple[int, int]:
+    """Fill segments that start at ``end`` one after the other; returns the new end, and what is left of the last segment."""
     cursor = left = 0
     for size, index in tensors:
         if size > left:
@@ -72,4 +77,4 @@ def _pack(tensors: Iterable[tuple[int, int]], segment_bytes: int, unsplit_bytes:
         left -= size
         if left <= unsplit_bytes:
             left = 0
-    return end
+    return end, left

@@ -127,9 +127,11 @@ def nbytes_of(dtype: str, shape: Iterable[int]) -> int | None:
     if bits is None:
         return None
     for dimension in shape:
-        if dimension < 0:
+        if dimension < 0 or dimension >= 1 << 64:
             return None
         bits *= dimension
+        if bits >= 1 << 64:
+            return None
     return bits // 8 if bits % 8 == 0 else None
 
 
@@ -159,5 +161,5 @@ def decode_manifest(payload: bytes) -> Manifest:
     """Read a manifest; ProtocolError if it is not one. It is *not* checked: see :meth:`Manifest.check`."""
     try:
         return _decoder.decode(payload)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"not a manifest: {error}") from error

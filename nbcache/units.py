@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from nbcache.errors import InvalidOption
 
@@ -16,7 +17,7 @@ def parse_size(text: str) -> int:
     if match is None or (match[3] and not match[2]):
         raise InvalidOption(f"{text!r} is not a size: write bytes, or a number with K, M, G, T or KiB, MiB, GiB, TiB")
     unit = match[2].upper()
-    return int(float(match[1]) * (_BINARY[unit] if match[3] else _DECIMAL[unit]))
+    return int(Fraction(match[1]) * (_BINARY[unit] if match[3] else _DECIMAL[unit]))
 
 
 def format_size(size_bytes: int) -> str:

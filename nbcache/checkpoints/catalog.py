@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -110,20 +111,22 @@ def _read_index(path: str) -> dict[str, str]:
         return msgspec.json.decode(Path(path).read_bytes(), type=Index).weight_map
     except OSError as error:
         raise CheckpointUnreadable(f"{path}: {error.strerror}") from error
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointInvalid(f"{path}: not a shard index: {error}") from error
 
 
 def _member(path: str) -> Member:
     try:
-        stat = os.stat(path)
+        found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointNotFound(f"{path}: no such file or folder, and nothing is cached under that name") from error
     except (OSError, ValueError) as error:
         raise CheckpointUnreadable(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     if os.path.isdir(path):
         raise CheckpointUnreadable(f"{path}: a folder where a file was expected")
-    return Member(path, Fingerprint.of(stat), _hub_sha256(path))
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointUnreadable(f"{path}: not a regular file")
+    return Member(path, Fingerprint.of(found), _hub_sha256(path))
 
 
 def _hub_sha256(path: str) -> str:
@@ -180,7 +183,7 @@ def describe(checkpoint: Checkpoint) -> Description:
 
 def _open(member: Member, stack: ExitStack) -> int:
     try:
-        fd = os.open(member.path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(member.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError as error:
         raise CheckpointChanged(f"{member.path}: went away while it was being opened") from error
     except OSError as error:
@@ -193,11 +196,11 @@ def _open(member: Member, stack: ExitStack) -> int:
 
 def _check_index(checkpoint: Checkpoint, index: Mapping[str, str], tensors: list[Extent]) -> None:
     path = checkpoint.members[0].path
-    shards = [os.path.basename(member.path) for member in checkpoint.members]
+    shards = [os.path.relpath(member.path, os.path.dirname(path)) for member in checkpoint.members]
     found = {tensor.name: shards[tensor.file] for tensor in tensors}
     if len(found) != len(tensors):
         raise CheckpointInvalid(f"{path}: two shards hold a tensor of the same name")
-    missing = [name for name, shard in index.items() if found.get(name) != os.path.basename(shard)]
+    missing = [name for name, shard in index.items() if found.get(name) != os.path.normpath(shard)]
     if missing:
         first = missing[0]
         raise CheckpointIncomplete(

@@ -84,8 +84,9 @@ def parse_header(text: bytes, path: str, body_bytes: int) -> Header:
     if not text.startswith(b"{"):
         raise CheckpointInvalid(f"{path}: not safetensors: the header is not a JSON object")
     try:
+        text.decode()
         entries = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
-        metadata = msgspec.json.decode(entries.pop("__metadata__", msgspec.Raw(b"{}")), type=dict[str, str])
+        metadata = msgspec.json.decode(entries.pop("__metadata__", msgspec.Raw(b"{}")), type=dict[str, str] | None) or {}
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise CheckpointInvalid(f"{path}: the header is not valid: {error}") from error
     tensors = [_tensor(name, raw, path, 8 + len(text)) for name, raw in entries.items()]

@@ -11,6 +11,7 @@ from nbcache.client.fill import Grant, Wish, acquire, put_bytes, spellings
 from nbcache.client.options import Options, Share
 from nbcache.client.session import ProgressCallback, Session, expect
 from nbcache.client.weights import Weights
+from nbcache.errors import EntryNotFound
 from nbcache.manifest import MAX_MANIFEST_BYTES
 from nbcache.memory.shared import read_sealed
 from nbcache.protocol import messages as m
@@ -130,4 +131,7 @@ def stage(name: str, pinned: bool = False, on_progress: ProgressCallback | None 
             expect(grant.session.request(m.Pin((grant.key,), True)), m.Done)
     finally:
         grant.close()
-    return next(entry for entry in status().entries if entry.key == grant.key), grant.hit
+    for entry in status().entries:
+        if entry.key == grant.key:
+            return entry, grant.hit
+    raise EntryNotFound(f"{name}: was cached, and evicted again at once")

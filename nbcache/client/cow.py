@@ -16,13 +16,13 @@ import ctypes
 import gc
 import operator
 import os
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from nbcache.client import tensors as edge
+from nbcache.client.notices import CopyOnWriteUnavailable, notify
 from nbcache.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -44,10 +44,6 @@ _FREE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, 
 
 _adoptions: list[Adoption] = []
 """Those whose clones still live."""
-
-
-class CopyOnWriteUnavailable(UserWarning):
-    """This torch lacks what copy-on-write needs; weights were copied."""
 
 
 class Adoption:
@@ -126,7 +122,7 @@ def adopt(slab: SlabMap, manifest: Manifest, device: torch.device) -> tuple[dict
     sweep()
     if _MISSING:
         missing = ", ".join(_MISSING)
-        warnings.warn(f"torch {torch.__version__} lacks {missing}: no copy-on-write", CopyOnWriteUnavailable, stacklevel=6)
+        notify(CopyOnWriteUnavailable, f"torch {torch.__version__} lacks {missing}: no copy-on-write, weights are copied")
         return _copied(slab, manifest, device)
     adoption = Adoption(slab, device)
     tensors, private = adoption.take(manifest)

@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import mmap
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from nbcache.checkpoints.catalog import Checkpoint, describe, resolve
+from nbcache.client.notices import SourceGone, notify
 from nbcache.client.session import ProgressCallback, Session, expect
 from nbcache.errors import CheckpointNotFound, DaemonLost, EntryNotFound, InvalidName, ProtocolError
 from nbcache.manifest import MAX_MANIFEST_BYTES, Fingerprint, Manifest, decode_manifest, encode_manifest
 from nbcache.memory.shared import SharedBlock, read_sealed, seal_bytes
 from nbcache.protocol import messages as m
 from nbcache.protocol.wire import close_all
-
-
-class SourceGone(UserWarning):
-    """The file of an entry is gone; the cached copy serves on."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +79,7 @@ def acquire(
     name: str,
     wish: Wish = Wish(),
     on_progress: ProgressCallback | None = None,
+    start: bool = True,
 ) -> Grant | Offer:
     """A lease on the entry of this name, staged first if it is not cached or if its files changed.
 
@@ -91,17 +88,17 @@ def acquire(
     """
     names = spellings(name)
     path = names[-1]
-    found = _ask(wish.find(names), start=True, on_progress=on_progress)
+    found = _ask(wish.find(names), start, on_progress)
     if found is not None:
         if _is_fresh(found, path):
             return found
         found.close()
-    return _acquire_files(name, path, wish, on_progress)
+    return _acquire_files(name, path, wish, start, on_progress)
 
 
 def reacquire(key: str, wish: Wish, on_progress: ProgressCallback | None = None) -> Grant | Offer:
     """A lease on the entry with this key, whatever its name now means; EntryNotFound if it is gone."""
-    found = _ask(wish.find(key=key), start=False, on_progress=on_progress)
+    found = _ask(wish.find(key=key), False, on_progress)
     if found is None:
         raise EntryNotFound(f"{key}: this generation is not cached any more; load it again by name")
     return found
@@ -173,19 +170,19 @@ def _is_fresh(found: Grant | Offer, path: str) -> bool:
         except OSError:
             if os.path.exists(path):
                 return False
-            warnings.warn(f"{member.path} is gone; serving the cached copy", SourceGone, stacklevel=5)
+            notify(SourceGone, f"{member.path} is gone; serving the cached copy")
             return True
     return True
 
 
-def _acquire_files(name: str, path: str, wish: Wish, on_progress: ProgressCallback | None) -> Grant | Offer:
+def _acquire_files(name: str, path: str, wish: Wish, start: bool, on_progress: ProgressCallback | None) -> Grant | Offer:
     try:
         checkpoint = resolve(path)
     except CheckpointNotFound as error:
         if "/" in name or os.path.exists(path):
             raise
         raise CheckpointNotFound(f"{name}: nothing is cached under that name, and there is no such file or folder") from error
-    session = Session.open()
+    session = Session.open(start)
     try:
         answer = session.request(wish.find((path,), checkpoint.key), on_progress=on_progress)
         if isinstance(answer[0], m.Absent):

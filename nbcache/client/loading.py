@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 import weakref
 from collections.abc import Callable
 
@@ -12,6 +11,7 @@ import torch
 from nbcache.client import tensors as edge
 from nbcache.client.device import find_device
 from nbcache.client.fill import Grant, Offer, Wish, acquire, reacquire
+from nbcache.client.notices import NoSharedGpuMemory, notify
 from nbcache.client.options import Loaded, Options
 from nbcache.client.session import ProgressCallback
 from nbcache.errors import DriverError, ProtocolError
@@ -19,10 +19,6 @@ from nbcache.memory.shared import map_private
 
 Acquire = Callable[[Wish], Grant | Offer]
 """Finds or stages the entry of a load, as wished."""
-
-
-class NoSharedGpuMemory(UserWarning):
-    """The GPU tier cannot be used; weights were copied to the GPU the ordinary way."""
 
 
 def load_name(name: str, options: Options, on_progress: ProgressCallback | None) -> Loaded:
@@ -44,7 +40,7 @@ def _load(get: Acquire, options: Options, on_progress: ProgressCallback | None) 
         gpu = find_device(device)
         return gpu.load(get, dtype, options.share, on_progress)
     except DriverError as error:
-        warnings.warn(f"no shared GPU memory: {error}; copying to {device}", NoSharedGpuMemory, stacklevel=4)
+        notify(NoSharedGpuMemory, f"no shared GPU memory: {error}; copying to {device}")
         return over_host(_granted(get(Wish())), edge.real_device(device), dtype, private=True)
 
 

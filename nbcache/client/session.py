@@ -72,10 +72,11 @@ class Session:
         if not sys.platform.startswith("linux"):
             raise UnsupportedPlatform(f"nbcache needs Linux (memfd, pidfd, descriptor passing), this is {sys.platform}")
         paths, config = RuntimePaths.of_user(), NBCache()
+        timeout_s = config.reply_timeout_s
         sock = _connect(paths) or (_start(paths, config) if start else None)
         if sock is None:
             raise DaemonUnavailable(f"no daemon runs ({paths.socket}); the first load starts one")
-        session = cls(Channel(sock, daemon_messages), config.reply_timeout_s)
+        session = cls(Channel(sock, daemon_messages), timeout_s)
         session.send(m.Hello(m.PROTOCOL_VERSION, __version__, os.environ.get("JPY_SESSION_NAME", "")[-200:]))
         return session
 
@@ -197,7 +198,12 @@ def _start(paths: RuntimePaths, config: NBCache) -> socket.socket:
     """Start a daemon, one starter at a time, and connect to it."""
     paths.create()
     deadline = time.monotonic() + config.start_timeout_s
-    lock_fd = os.open(paths.start_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        lock_fd = os.open(paths.start_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise DaemonUnavailable(
+            f"cannot write {paths.start_lock}: {error.strerror}; set NBCACHE_RUNTIME_DIR to a directory that you may write"
+        ) from error
     try:
         _lock_until(lock_fd, deadline, paths.start_lock)
         sock = _connect(paths)
@@ -241,10 +247,13 @@ def _spawn(paths: RuntimePaths, config: NBCache, deadline: float) -> None:
         raise DaemonUnavailable(f"cannot start a daemon: {error}") from error
     finally:
         os.close(write_fd)
+    answer = ""
     try:
         answer = _read_until(read_fd, deadline)
     finally:
         os.close(read_fd)
+        if answer != "ok":  # it may hang before it leaves our process tree
+            starter.kill()
         starter.wait()
     if answer != "ok":
         raise DaemonUnavailable(f"the daemon did not start: {answer or 'it ended at once'}; see {paths.log}")
@@ -274,8 +283,11 @@ def _daemon_environment(config: NBCache) -> dict[str, str]:
     return environment
 
 
-def stop_daemon(timeout_s: float = 30.0) -> int:
-    """End this user's daemon, hung or of another version as it may be, and wait until it is gone. Returns its pid, or 0."""
+def stop_daemon(timeout_s: float = 20.0) -> int:
+    """End this user's daemon, of whichever version, and wait until it is gone. Returns its pid, or 0 if none runs.
+
+    One that does not end when asked is killed. DaemonUnresponsive if even that does not help.
+    """
     sock = _connect(RuntimePaths.of_user())
     if sock is None:
         return 0
@@ -286,9 +298,10 @@ def stop_daemon(timeout_s: float = 30.0) -> int:
     except ProcessLookupError:
         return pid
     try:
-        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-        if not select([pidfd], [], [], timeout_s)[0]:
-            raise DaemonUnresponsive(f"the daemon, process {pid}, does not end; `kill -9 {pid}` will")
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            signal.pidfd_send_signal(pidfd, number)
+            if select([pidfd], [], [], timeout_s)[0]:
+                return pid
     finally:
         os.close(pidfd)
-    return pid
+    raise DaemonUnresponsive(f"the daemon, process {pid}, does not end, not even when killed")

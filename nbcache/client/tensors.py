@@ -126,13 +126,19 @@ def resolve_dtype(dtype: object) -> torch.dtype | None:
 def convert(
     tensors: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype | None, copy: bool
 ) -> dict[str, torch.Tensor]:
-    """The tensors on a device, floating-point ones cast to ``dtype``, as stock loaders cast; each copied if ``copy``."""
+    """The tensors on a device, floating-point ones cast to ``dtype``, as stock loaders cast; each copied if ``copy``.
 
-    def one(tensor: torch.Tensor) -> torch.Tensor:
+    UnsupportedFormat for a cast that torch does not do.
+    """
+
+    def one(name: str, tensor: torch.Tensor) -> torch.Tensor:
         to = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        return tensor.to(device=device, dtype=to, copy=copy)
+        try:
+            return tensor.to(device=device, dtype=to, copy=copy)
+        except NotImplementedError as error:
+            raise UnsupportedFormat(f"tensor {name!r}: torch does not cast {tensor.dtype} to {to}") from error
 
-    return {name: one(tensor) for name, tensor in tensors.items()}
+    return {name: one(name, tensor) for name, tensor in tensors.items()}
 
 
 def flatten(value: object, name: str = "") -> dict[str, torch.Tensor]:

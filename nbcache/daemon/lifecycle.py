@@ -50,6 +50,7 @@ class Daemon:
 
         DaemonUnavailable if another daemon is alive, or the runtime directory cannot be used.
         """
+        self._config.host_limit_bytes()  # nonsense in the settings is to be told now, not at the first load
         self._paths.create()
         self._lock_fd = _acquire_lock(self._paths.lock)
         try:
@@ -100,6 +101,10 @@ class Daemon:
         """Called by the server every few seconds."""
         if self._is_reachable():
             return
+        if not server.connections and not server.store.entries:
+            log.warning("the socket vanished, and there is nothing to serve: leaving")
+            server.stop()
+            return
         try:
             self._paths.create()
             lock_fd = _acquire_lock(self._paths.lock) if not _is_same_file(self._lock_fd, self._paths.lock) else -1
@@ -123,7 +128,10 @@ def _is_same_file(fd: int, path: Path) -> bool:
 
 
 def _acquire_lock(path: Path) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise DaemonUnavailable(f"cannot write {path}: {error.strerror}; set NBCACHE_RUNTIME_DIR") from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(fd, 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
+import itertools
 import logging
 import os
 import queue
@@ -42,6 +43,9 @@ log = logging.getLogger("nbcache.daemon")
 SO_PEERPIDFD = 77
 PROGRESS_PERIOD_S = 0.1
 HEARTBEAT_S = 1.0
+MESSAGE_CHARACTERS = 4000
+"""What an answer quotes at most: escaped and in JSON it stays below a packet's limit."""
+MAX_FILES = 10_000
 PATIENCE_S = 10.0
 """How long a peer may leave a greeting, or a request in several messages, half said."""
 
@@ -234,14 +238,19 @@ class Server:
         except BlockingIOError:
             return
         except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ECONNABORTED):
                 raise
             log.error("cannot accept: %s; waiting for connections to end", error.strerror)
             time.sleep(PROGRESS_PERIOD_S)
             return
         sock.setblocking(False)
         pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        pidfd = _pidfd_of(sock, pid) if uid == os.getuid() else None
+        try:
+            pidfd = _pidfd_of(sock, pid) if uid == os.getuid() else None
+        except OSError as error:
+            log.error("cannot watch process %d: %s", pid, error.strerror)
+            sock.close()
+            return
         if pidfd is None:
             log.warning("refused process %d of user %d", pid, uid)
             sock.close()
@@ -267,7 +276,7 @@ class Server:
         except ProtocolError as error:
             self._refuse(connection, error)
         except NBCacheError as error:
-            self._reply(connection, m.Failed(type(error).__name__, str(error)))
+            self._reply(connection, _failed(error))
         except (IllegalTransition, AssertionError):
             raise
         except OSError as error:
@@ -288,7 +297,7 @@ class Server:
     def _reply(self, connection: Connection, message: m.Message, descriptors: Sequence[int] = ()) -> None:
         try:
             connection.channel.send(message, descriptors)
-        except OSError as error:  # gone, or so many replies unread that the socket is full
+        except (OSError, ProtocolError) as error:  # gone, or so many replies unread that the socket is full, or too long
             self._drop(connection, f"cannot reply: {error}")
 
     def _refuse(self, connection: Connection, error: ProtocolError) -> None:
@@ -296,7 +305,7 @@ class Server:
         if connection.phase is Phase.CLOSING:
             return
         log.warning("refused process %d: %s", connection.pid, error)
-        self._reply(connection, m.Failed(type(error).__name__, str(error)))
+        self._reply(connection, _failed(error))
         self._let_go(connection)
         self._run_dry(connection)
 
@@ -352,6 +361,8 @@ class Server:
             return
         if find.key:
             for name in find.names:
+                _check_name(name, path=entry.provenance == "file")
+            for name in find.names:
                 self._free(self.store.give_name(entry.key, name))
         self._attend(connection, entry)
 
@@ -362,11 +373,11 @@ class Server:
         if entry.state(place) is State.READY:
             self._grant(connection, entry)
         elif entry.state(place) is State.FILLING or (place.on_host and self._is_coming(entry, place)):
-            connection.phase, connection.told_s = Phase.WAITING, self._clock()
+            connection.phase, connection.told_s = Phase.WAITING, 0.0
         elif place.on_host or not self._is_coming(entry, PINNED):
             self._reply(connection, m.Absent())
         elif entry.state(PINNED) is State.ABSENT:  # on its way to the other kind of host copy, and from there to this one
-            connection.phase, connection.told_s = Phase.WAITING, self._clock()
+            connection.phase, connection.told_s = Phase.WAITING, 0.0
         else:
             connection.phase = Phase.OFFERED
             self._reply(connection, m.Vacant(entry.key), [self._tiers.manifest_fd(entry.key)])
@@ -429,6 +440,8 @@ class Server:
         self._reply(connection, m.Granted(entry.key, entry.name, entry.provenance, staged), descriptors)
 
     def _stage(self, connection: Connection, stage: m.Stage, descriptors: list[int]) -> None:
+        if not 0 < stage.file_count <= MAX_FILES:
+            raise ProtocolError(f"a checkpoint of {stage.file_count} files")
         connection.stage, connection.phase, connection.since_s = stage, Phase.COLLECTING, self._clock()
         self._files(connection, stage, descriptors)
 
@@ -514,7 +527,7 @@ class Server:
             if connection in fillers:
                 self._let_go(connection)
             connection.phase = Phase.IDLE
-            self._reply(connection, m.Failed(type(known).__name__, str(known)))
+            self._reply(connection, _failed(known))
 
     def _waiting_for(self, key: str) -> list[Connection]:
         return [c for c in self.connections.values() if c.phase is Phase.WAITING and c.key == key]
@@ -532,7 +545,7 @@ class Server:
                 self._attend(connection, entry)
         except NBCacheError as error:
             connection.phase = Phase.IDLE
-            self._reply(connection, m.Failed(type(error).__name__, str(error)))
+            self._reply(connection, _failed(error))
 
     def _tell_progress(self, connection: Connection, now: float) -> None:
         jobs = [job for (key, _), job in self._jobs.items() if key == connection.key]
@@ -666,10 +679,10 @@ class Server:
         names = tuple(dict.fromkeys(entries[key].name for key, _ in going))
         freed = sum(entries[key].residences[place].extent_bytes for key, place in going)
         self._free(going)
-        self._reply(connection, m.Evicted(names, freed, tuple(kept)))
+        self._reply(connection, m.Evicted(_fitting(names), freed, _fitting(kept)))
 
     def _pin(self, connection: Connection, pin: m.Pin, _: list[int]) -> None:
-        self.store.pin(pin.names, pin.pinned)
+        self._free(self.store.pin(pin.names, pin.pinned))
         self._reply(connection, m.Done())
 
     def _query(self, connection: Connection, _query: m.Query, _: list[int]) -> None:
@@ -713,6 +726,18 @@ def _pidfd_of(sock: socket.socket, pid: int) -> int | None:
         return None
 
 
+def _failed(error: NBCacheError) -> m.Failed:
+    """An error as an answer; a message may quote what a peer sent, so it is cut."""
+    return m.Failed(type(error).__name__, str(error)[:MESSAGE_CHARACTERS])
+
+
+def _fitting(names: Sequence[str]) -> tuple[str, ...]:
+    """As many names as fit in a message."""
+    lengths = itertools.accumulate(len(name) + 8 for name in names)
+    fit = sum(length < MESSAGE_CHARACTERS for length in lengths)
+    return (*names[:fit], f"and {len(names) - fit} more") if fit < len(names) else tuple(names)
+
+
 def _new_entry(key: str, name: str, provenance: str, manifest: Manifest) -> Entry:
     return Entry(
         key=key,
@@ -744,7 +769,7 @@ def _check_files(manifest: Manifest, files: Sequence[int]) -> None:
 def _check_name(name: str, path: bool) -> None:
     """A file entry is named by its absolute path; a put entry by a plain word, so that the two never meet."""
     if path:
-        if not name.startswith("/") or len(name) > 4096:
+        if not name.startswith("/") or len(name) > 4096 or "\0" in name:
             raise InvalidName(f"{name!r} cannot name a file entry: it is named by its absolute path")
     elif not name or len(name) > 200 or "/" in name or not name.isprintable() or name != name.strip():
         raise InvalidName(f"{name!r} cannot name a saved entry: use a printable word without a slash, up to 200 characters")

@@ -9,6 +9,7 @@ and the server frees what the list names.
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -108,6 +109,8 @@ class Entry:
     tensors: int
     names: list[str] = field(default_factory=list)
     pinned: bool = False
+    generation: int = 0
+    """Counts up with each entry that the store took in."""
     residences: dict[Place, Residence] = field(default_factory=dict)
 
     def state(self, place: Place) -> State:
@@ -159,6 +162,7 @@ class Store:
         self._clock = clock
         self.entries: dict[str, Entry] = {}
         self._names: dict[str, str] = {}
+        self._generations = itertools.count(1)
 
     # What there is
 
@@ -209,15 +213,24 @@ class Store:
         if entry.state(place) is not State.ABSENT:
             raise IllegalTransition(f"{entry.key}: filled twice in {place}")
         entry.residences[place] = residence
-        self.entries[entry.key] = entry
+        if entry.key not in self.entries:
+            entry.generation = next(self._generations)
+            self.entries[entry.key] = entry
         return [victim for victim in victims if victim != (entry.key, place)]
 
     def complete(self, key: str, place: Place) -> Residences:
-        """A residence is whole. With the entry's first, its names come to mean this generation. Returns what it superseded."""
+        """A residence is whole. With the entry's first, its names come to mean this generation. Returns what it superseded.
+
+        A name that a newer generation has taken meanwhile stays with that one.
+        """
         entry = self.entries[key]
         entry.residences[place].happen(Event.COMPLETE)
         names, entry.names = entry.names, []
-        return [freed for name in names for freed in self.give_name(key, name)]
+        mine = [name for name in names if self._generation_of(name) <= entry.generation]
+        return [freed for name in mine for freed in self.give_name(key, name)]
+
+    def _generation_of(self, name: str) -> int:
+        return self.entries[self._names[name]].generation if name in self._names else 0
 
     def fail(self, key: str, place: Place) -> None:
         """Filling came to nothing (I2); an entry without any residence is forgotten."""
@@ -261,7 +274,7 @@ class Store:
         return self._superseded(older)
 
     def _superseded(self, entry: Entry) -> Residences:
-        if not entry.superseded:
+        if not entry.superseded or entry.pinned:
             return []
         return [(entry.key, place) for place, residence in entry.residences.items() if residence.idle]
 
@@ -283,9 +296,11 @@ class Store:
         residence.last_used_s = self._clock()
         return self._superseded(entry)
 
-    def pin(self, names: Sequence[str], pinned: bool) -> None:
-        """Pin or unpin; EntryNotFound if there is no such entry."""
-        self.named(names).pinned = pinned
+    def pin(self, names: Sequence[str], pinned: bool) -> Residences:
+        """Pin or unpin; EntryNotFound if there is no such entry. Returns what is idle of it if it is superseded, to free."""
+        entry = self.named(names)
+        entry.pinned = pinned
+        return self._superseded(entry)
 
     # Eviction
 

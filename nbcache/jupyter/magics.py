@@ -6,6 +6,7 @@ Errors of nbcache become a ``UsageError``: one line, no traceback, the same word
 from __future__ import annotations
 
 import contextlib
+import keyword
 import sys
 import time
 from collections.abc import Callable
@@ -59,7 +60,7 @@ class NBCacheMagics(Magics):
             %load_weights ~/models/minilm --as w
         """
         args = parse_argstring(self.load_weights, line)
-        if args.variable and not args.variable.isidentifier():
+        if args.variable and (not args.variable.isidentifier() or keyword.iskeyword(args.variable)):
             raise UsageError(f"--as {args.variable}: not the name of a variable")
         start = time.perf_counter()
         weights = api.load(_unquoted(args.name), args.device, args.dtype, args.share)
@@ -163,6 +164,7 @@ def unregister(shell: InteractiveShell) -> None:
     if registered is None:
         return
     shell.events.unregister("post_run_cell", registered.after_cell)
+    shell.configurables.remove(registered)
     for magics in manager.magics.values():
         for name in [name for name, magic in magics.items() if getattr(magic, "__self__", None) is registered]:
             del magics[name]

@@ -175,7 +175,7 @@ class CudaDriver:
             finally:
                 pynvml.nvmlShutdown()
         except pynvml.NVMLError as error:
-            raise DriverError(f"NVML: {error}") from error
+            raise DriverError(f"NVML, GPU {uuid}: {error}") from error
 
     def _location(self, kind: str, number: int) -> tuple[Any, int]:
         return getattr(self._cuda.CUmemLocationType, f"CU_MEM_LOCATION_TYPE_{kind}"), number

@@ -34,9 +34,11 @@ class SharedBlock:
     @classmethod
     def create(cls, label: str, size_bytes: int) -> SharedBlock:
         """A new block of zeros. ``label`` is what ``/proc/PID/maps`` shows. OSError if the system has no room."""
-        fd = os.memfd_create(f"nbcache:{label}"[:240], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        name = f"nbcache:{label}".replace("\0", "?").encode(errors="replace")[:240]
+        fd = os.memfd_create(name.decode(errors="ignore"), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, size_bytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
         except BaseException:
             os.close(fd)
             raise

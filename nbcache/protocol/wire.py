@@ -81,7 +81,7 @@ class Channel(Generic[M]):
             raise Closed
         try:
             message = self._decoder.decode(packet)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ProtocolError(f"not a message: {error}") from error
         least, most = message.DESCRIPTORS
         if not least <= descriptor_count <= most:

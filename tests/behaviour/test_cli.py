@@ -24,8 +24,7 @@ ENTRY_KEYS = {
     "source",
     "bytes",
     "tensors",
-    "host",
-    "devices",
+    "host", "host_kind", "devices",
     "leases",
     "pinned",
     "last_used_s",
@@ -136,7 +135,7 @@ def test_status_in_words(checkpoint):
     weights = nbcache.put("saved", torch.ones(3))
     head, columns, first, second = cli("status").splitlines()
     assert head.startswith("host tier: 4.2 MB of ") and head.endswith(f"daemon {nbcache.status().pid}")
-    assert columns.split() == ["name", "size", "tensors", "host", "used", "by", "idle"]
+    assert columns.split() == ["name", "size", "tensors", "where", "used", "by", "idle"]
     assert checkpoint.name in first and "16.4 kB" in first
     assert second.startswith("saved") and f"pid {os.getpid()}" in second
     assert weights

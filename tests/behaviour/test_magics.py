@@ -97,7 +97,7 @@ def test_weights(checkpoint):
         kernel.run(f"%load_weights {checkpoint} --as w")
         head, columns, row = kernel.run("%weights").splitlines()
         assert head.startswith("host tier: 2.1 MB of ")
-        assert columns.split() == ["name", "size", "tensors", "host", "used", "by", "idle"]
+        assert columns.split() == ["name", "size", "tensors", "where", "used", "by", "idle"]
         assert "model.safetensors" in row and "16.4 kB" in row and "me/notebook.ipynb" in row
         assert kernel.run(f"%weights pin {checkpoint}") == ""
         assert kernel.run("del w\n%weights").endswith("pinned")

@@ -73,10 +73,18 @@ CLIENT_MESSAGES: list[tuple[m.Message, int]] = [
     (m.Evict(everything=True), 0),
     (m.Pin(("a",), True), 0),
     (m.Query(), 0),
+    (m.Find((), "key", m.DeviceWish("GPU-1", "BF16"), True), 0),
+    (m.Fill(1 << 40), 0),
+    (m.Want(7), 0),
+    (m.FreeGpu(("a",)), 0),
 ]
 DAEMON_MESSAGES: list[tuple[m.Message, int]] = [
     (m.Welcome(1, "0.1", 7), 0),
     (m.Granted("k", "n", "file", True), 2),
+    (m.Granted("k", "n", "file", True), 1),
+    (m.Vacant("k"), 1),
+    (m.Filling(1 << 29), 1),
+    (m.Block(3, 1 << 29), 1),
     (m.Absent(), 0),
     (m.Progress(1, 2), 0),
     (m.Reserved(), 1),
