@@ -6,6 +6,7 @@ it was called wrongly. ``--json`` prints one document for scripts. Never imports
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -153,7 +154,7 @@ def bench_attach(
     as_json: AsJson = False,
 ) -> None:
     """Time from the call to usable tensors when the entry is cached, beside safetensors' load_file."""
-    from nbcache.bench import measure_attach, render_attach
+    from nbcache.bench.host import measure_attach, render_attach
 
     results = measure_attach(checkpoint or None)
     _print(results if as_json else render_attach(results))
@@ -166,10 +167,36 @@ def bench_stage(
     as_json: AsJson = False,
 ) -> None:
     """Reading a file into the cache from a hot page cache, beside plain parallel preadv."""
-    from nbcache.bench import measure_stage, render_stage
+    from nbcache.bench.host import measure_stage, render_stage
 
     result = measure_stage(parse_size(size), directory=directory or None)
     _print(result if as_json else render_stage(result))
+
+
+@bench.command("gpu")
+def bench_gpu(
+    checkpoint: Annotated[str, typer.Argument(help="Your own checkpoint: a file, an index or a folder.")] = "",
+    flux: Annotated[bool, typer.Option("--flux", help="Write one of FLUX.1's shape (23.8 GB) to TMPDIR for it.")] = False,
+    loras: Annotated[bool, typer.Option("--loras", help="LoRA-sized files as well (up to 2 GB, in TMPDIR).")] = False,
+    peers: Annotated[bool, typer.Option("--peers", help="Other loaders as well, those that are installed.")] = False,
+    cold: Annotated[bool, typer.Option(help="Drop the files from the page cache, and measure the disk too.")] = True,
+    runs: Annotated[int, typer.Option(min=1, help="Fresh processes for each kind of load.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Loads onto the GPU, cold and hot, from pinned memory and from the slab, beside the bandwidth of link and disk."""
+    from nbcache.bench.flux import temporary_flux
+    from nbcache.bench.gpu import measure_gpu
+    from nbcache.bench.tables import render_gpu
+
+    if bool(checkpoint) is flux:
+        raise typer.BadParameter("name a checkpoint, or give --flux")
+    with temporary_flux() if flux else contextlib.nullcontext(checkpoint) as path:
+        result = measure_gpu(path, runs, cold, peers, loras, on_step=_print_step)
+    _print(result if as_json else render_gpu(result))
+
+
+def _print_step(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _print(result: object) -> None:

@@ -6,12 +6,20 @@ it; neither diffusers nor the weights are needed.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import msgspec
+
+from nbcache.bench.isolation import run_fresh
+from nbcache.errors import BenchmarkFailed
+from nbcache.units import format_size
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -91,7 +99,7 @@ def lora_shapes(nbytes: int) -> dict[str, tuple[int, ...]]:
         if "transformer_blocks." in name and len(shape) == 2
     }
     rank = max(1, round(nbytes / (ELEMENT_BYTES * sum(map(sum, layers.values())))))
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for name, (outputs, inputs) in layers.items():
         found[f"transformer.{name}.lora_A.weight"] = (rank, inputs)
         found[f"transformer.{name}.lora_B.weight"] = (outputs, rank)
@@ -121,13 +129,24 @@ def write_flux(folder: str, divide_by: int = 1) -> None:
     """Write the shards and their index into a folder. Random numbers, from the GPU if there is one: makes a context there."""
     shapes = flux_shapes(divide_by)
     parts = shards()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(parts, 1):
         file = f"{STEM}-{number:05d}-of-{len(parts):05d}.safetensors"
         _write(Path(folder, file), {name: shapes[name] for name in names})
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": nbytes_of_shapes(shapes)}, "weight_map": weight_map}
     Path(folder, f"{STEM}.safetensors.index.json").write_bytes(msgspec.json.encode(index))
+
+
+@contextlib.contextmanager
+def temporary_flux(divide_by: int = 1) -> Iterator[str]:
+    """A temporary folder with the shards of :func:`write_flux`. BenchmarkFailed if there is no room for them."""
+    nbytes = nbytes_of_shapes(flux_shapes(divide_by))
+    with tempfile.TemporaryDirectory(prefix="nbcache-flux-") as folder:
+        if shutil.disk_usage(folder).free < nbytes * 1.02:
+            raise BenchmarkFailed(f"{folder} has no room for {format_size(nbytes)}; set TMPDIR to a folder that has")
+        run_fresh(partial(write_flux, folder, divide_by))  # a context on the GPU that is gone afterwards
+        yield folder
 
 
 def write_lora_sized(path: str, nbytes: int) -> None:

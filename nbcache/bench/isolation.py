@@ -50,7 +50,8 @@ def run_fresh(work: Callable[[], T], timeout_s: float = 600.0) -> T:
         process.start()
         try:
             sending.close()  # the child's copy is the last one: its end is seen here
-            return _receive(receiving, process, timeout_s)
+            result: T = _receive(receiving, process, timeout_s)
+            return result
         finally:
             process.join(PATIENCE_S)
             if process.is_alive():
