@@ -181,6 +181,7 @@ def bench_gpu(
     peers: Annotated[bool, typer.Option("--peers", help="Other loaders as well, those that are installed.")] = False,
     cold: Annotated[bool, typer.Option(help="Drop the files from the page cache, and measure the disk too.")] = True,
     runs: Annotated[int, typer.Option(min=1, help="Fresh processes for each kind of load.")] = 3,
+    save: Annotated[Path | None, typer.Option(help="Also write the JSON document to this file.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Loads onto the GPU, cold and hot, from pinned memory and from the slab, beside the bandwidth of link and disk."""
@@ -192,6 +193,8 @@ def bench_gpu(
         raise typer.BadParameter("name a checkpoint, or give --flux")
     with temporary_flux() if flux else contextlib.nullcontext(checkpoint) as path:
         result = measure_gpu(path, runs, cold, peers, loras, on_step=_print_step)
+    if save:
+        save.write_bytes(msgspec.json.format(msgspec.json.encode(result)))
     _print(result if as_json else render_gpu(result))
 
 

@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 
 from nbcache.client.session import stop_daemon
+from tests.support.gpu import warm_gpu
 from tests.support.leaks import Snapshot, leaked
 
 
 @pytest.fixture(autouse=True)
-def no_leaks(tmp_path: Path) -> Iterator[None]:
+def no_leaks(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail the test that leaves a descriptor, a process, a daemon or a map of nbcache memory behind."""
+    if request.node.get_closest_marker("gpu"):
+        warm_gpu()  # what the first use of a GPU opens stays open
     before = Snapshot.take(str(tmp_path))
     yield
     left = leaked(before, str(tmp_path))

@@ -277,6 +277,7 @@ def _daemon_environment(config: NBCache) -> dict[str, str]:
     inherited = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(entry)]
     environment["PYTHONPATH"] = os.pathsep.join([_PACKAGE_ROOT, *inherited])
     environment["NBCACHE_HOST_LIMIT"] = config.host_limit
+    environment["MALLOC_ARENA_MAX"] = "2"  # its threads read files into memory that is not the heap's
     environment["OPENBLAS_NUM_THREADS"] = (
         "1"  # numpy comes with CuPy, and the daemon computes nothing: 16 idle threads' buffers
     )

@@ -8,7 +8,8 @@ when the first block is made.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from nbcache.errors import DriverError
@@ -32,8 +33,9 @@ class CupyArrays:
 
     def __init__(self) -> None:
         try:
-            import cupy
-            import cupyx
+            with _without_math_libraries():
+                import cupy
+                import cupyx
         except ImportError as error:
             raise DriverError("CuPy is not installed; pip install 'nbcache[cuda13]' or 'nbcache[cuda12]'") from error
         self._cupy: Any = cupy
@@ -51,6 +53,26 @@ class CupyArrays:
         """An array of bytes over the whole block."""
         self._next = mapped
         return self._cupyx.empty_pinned(mapped.size_bytes, dtype="u1")
+
+
+@contextlib.contextmanager
+def _without_math_libraries() -> Iterator[None]:
+    """Keep CuPy's import from loading cuTENSOR and cuBLASLt, whose relocations take 84 MB: the daemon computes nothing."""
+    try:
+        from cuda import pathfinder
+    except ImportError:  # an older CuPy, which does not ask it
+        yield
+        return
+    load = pathfinder.load_nvidia_dynamic_lib
+
+    def refuse(name: str) -> None:
+        raise pathfinder.DynamicLibNotFoundError(f"{name}: not needed here")
+
+    pathfinder.load_nvidia_dynamic_lib = refuse
+    try:
+        yield
+    finally:
+        pathfinder.load_nvidia_dynamic_lib = load
 
 
 class _Block:

@@ -245,7 +245,7 @@ def test_a_model_computes_what_it_computes_on_stock_weights(kernel, net, share):
 
 @pytest.mark.parametrize("share", ["cow", "readonly"])
 def test_a_cuda_graph_runs_on_shared_weights(kernel, net, share):
-    kernel.run(f"w = {load(net, share)}; m = net(w); g = torch.cuda.CUDAGraph(); m(x)")
+    kernel.run(f"w = {load(net, share)}; m = net(w); g = torch.cuda.CUDAGraph(); y = m(x)")
     kernel.run("with torch.cuda.graph(g):\n    y = m(x)")
     assert kernel.run("(g.replay(), torch.cuda.synchronize(), torch.equal(y, stock))[2]")
     if share == "cow":
@@ -262,14 +262,14 @@ def test_a_flux_transformer_computes_the_same_and_stays_shared(kernel, tmp_path)
     kernel.run(
         "from diffusers import FluxTransformer2DModel as F\n"
         "torch.manual_seed(0)\n"
-        "config = dict(patch_size=1, in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=128,\n"
-        "    num_attention_heads=8, joint_attention_dim=256, pooled_projection_dim=128, guidance_embeds=True)\n"
+        "config = dict(patch_size=1, in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=128,\n"
+        "    num_attention_heads=24, joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True)\n"
         "stock = F(**config).to('cuda', torch.bfloat16).eval()\n"
         "from safetensors.torch import save_file\n"
         f"save_file(stock.state_dict(), {str(tmp_path / 'f.safetensors')!r})\n"
         "g = torch.Generator('cuda').manual_seed(1)\n"
         "r = lambda *s: torch.randn(*s, device='cuda', dtype=torch.bfloat16, generator=g)\n"
-        "inputs = dict(hidden_states=r(1, 64, 64), encoder_hidden_states=r(1, 32, 256), pooled_projections=r(1, 128),\n"
+        "inputs = dict(hidden_states=r(1, 64, 64), encoder_hidden_states=r(1, 32, 4096), pooled_projections=r(1, 768),\n"
         "    timestep=torch.tensor([0.5], device='cuda', dtype=torch.bfloat16), img_ids=r(64, 3), txt_ids=r(32, 3),\n"
         "    guidance=torch.tensor([3.5], device='cuda', dtype=torch.bfloat16))\n"
         "with torch.no_grad():\n    expected = stock(**inputs).sample\n"
@@ -279,7 +279,8 @@ def test_a_flux_transformer_computes_the_same_and_stays_shared(kernel, tmp_path)
         "with torch.no_grad():\n    got = mine(**inputs).sample"
     )
     assert kernel.run("torch.equal(got, expected)")
-    assert kernel.run("[n for n, t in w.items() if t.nbytes > 100_000 and not is_cow(t)]") == []
+    private = kernel.run("[(n, list(t.shape)) for n, t in w.items() if t.nbytes > 100_000 and not is_cow(t)]")
+    assert private == []
 
 
 def test_a_training_step_runs_on_private_weights(kernel, net):
@@ -379,12 +380,8 @@ def test_the_daemon_has_no_context(kernel, path):
     kernel.run(f"w = {load(path)}")
     import pynvml
 
-    pynvml.nvmlInit()
-    try:
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        pids = {process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)}
-    finally:
-        pynvml.nvmlShutdown()
+    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+    pids = {process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)}
     assert nbcache.status().pid not in pids
     assert "libtorch" not in Path(f"/proc/{nbcache.status().pid}/maps").read_text()
 

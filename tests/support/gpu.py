@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+from functools import cache
 
 import pytest
 import torch
 
-from nbcache.memory.driver import CudaDriver, Driver, Gpu, Mapped
+from nbcache.memory.arena import Arena
+from nbcache.memory.driver import GRANULARITY_BYTES, CudaDriver, Driver, Gpu, Mapped
 from tests.support.emulated import EmulatedDriver
 
 
@@ -43,11 +45,26 @@ class _Array:
         self.__cuda_array_interface__ = {"shape": (size_bytes,), "typestr": "|u1", "data": (address, False), "version": 3}
 
 
+@cache
 def cuda_bench() -> Bench:
     """The bench over CUDA. Skips, or fails where a GPU is required."""
     require_gpu()
     torch.zeros(1, device="cuda")
     return Bench(CudaDriver(), cuda=True)
+
+
+@cache
+def warm_gpu() -> None:
+    """Use all that opens descriptors for good: torch, the driver, CuPy, NVML."""
+    bench = cuda_bench()
+    bench.driver.free_bytes(bench.gpu.uuid)
+    Arena(bench.driver).acquire(GRANULARITY_BYTES).close()
+
+    import cupy
+    import pynvml
+
+    cupy.zeros(1)
+    pynvml.nvmlInit()
 
 
 def emulated_bench(limit_bytes: int = 64 << 20) -> Bench:
