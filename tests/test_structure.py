@@ -36,14 +36,44 @@ RANKS: dict[str, int] = {
 }
 """A module may import from its own part and from lower ranks. Parts of one rank never import each other."""
 
+INNER_RANKS: dict[str, dict[str, int]] = {
+    "daemon": {"store": 0, "reader": 0, "tiers": 1, "policy": 1, "report": 1, "server": 2, "lifecycle": 3, "__main__": 4},
+    "client": {
+        "notices": 0,
+        "options": 0,
+        "tensors": 0,
+        "session": 1,
+        "cow": 1,
+        "fill": 2,
+        "device": 3,
+        "loading": 4,
+        "weights": 5,
+        "api": 6,
+    },
+    "memory": {"shared": 0, "driver": 0, "arena": 1},
+}
+"""The same rule within a part: a module imports those of lower ranks alone."""
+
 SAME_RANK = {("cli", "bench"), ("cli", "demo"), ("demo", "demo_kernel")}
 """The top is one layer: the command line runs the demo and the benchmarks."""
 
 FORBIDDEN = {("daemon", "checkpoints")}
 """The daemon knows no format."""
 
-TORCH_MODULES = ("client/tensors.py", "models/", "bench.py", "demo.py", "demo_kernel.py")
+OUTSIDE = ("bench/", "demo.py", "demo_kernel.py")
 """The demo and the benchmarks stand outside: they compare with stock loaders, in functions that only they call."""
+
+EDGES: dict[str, tuple[str, ...]] = {
+    "torch": ("client/tensors.py", "client/device.py", "client/cow.py", "client/loading.py", "models/", *OUTSIDE),
+    "cuda": ("memory/driver.py",),
+    "pynvml": ("memory/driver.py", "bench/"),
+    "cupy": ("memory/arena.py", "client/device.py"),
+    "cupyx": ("memory/arena.py", "client/device.py"),
+}
+"""Who may import these packages, and nobody else."""
+
+LATE = ("cuda", "pynvml", "cupy", "cupyx")
+"""Those that are imported in functions only, when they are first needed: they are not always there, and slow."""
 
 
 def imports(tree: ast.Module, module: str) -> Iterator[str]:
@@ -75,6 +105,19 @@ def imports(tree: ast.Module, module: str) -> Iterator[str]:
     yield from visitor.found
 
 
+def imports_at_once(tree: ast.Module) -> Iterator[str]:
+    """Names of the packages that importing the module imports: everything outside functions."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.split(".")[0]
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            waiting += ast.iter_child_nodes(node)
+
+
 def part_of(dotted: str) -> str | None:
     """The part of the package that an import of this name reaches; None for other packages and for ``nbcache`` itself."""
     names = dotted.split(".")
@@ -85,6 +128,29 @@ def part_of(dotted: str) -> str | None:
     return names[1]
 
 
+def edge_violations(relative: str, tree: ast.Module, dotted: list[str]) -> Iterator[str]:
+    """Imports of torch, CUDA or CuPy where they do not belong."""
+    for package in sorted({name.split(".")[0] for name in dotted} & EDGES.keys()):
+        if not relative.startswith(EDGES[package]):
+            yield f"{relative}: imports {package}"
+    for package in sorted(set(imports_at_once(tree)) & set(LATE)):
+        if relative.startswith(EDGES[package]):
+            yield f"{relative}: imports {package} when it is imported"
+
+
+def inner_violation(part: str, module: str, dotted: str) -> str | None:
+    """What is wrong with an import within a part."""
+    ranks, names = INNER_RANKS.get(part), dotted.split(".")
+    if ranks is None or module == "__init__" or len(names) < 3:
+        return None
+    target = names[2]
+    if target == module:
+        return None
+    if target not in ranks:
+        return f"imports {dotted}, which has no rank"
+    return f"imports {dotted}, which is not below it" if ranks[target] >= ranks[module] else None
+
+
 def violations(root: Path) -> list[str]:
     """What breaks the rules in a package whose files lie under ``root``."""
     found = []
@@ -92,15 +158,20 @@ def violations(root: Path) -> list[str]:
         relative = path.relative_to(root)
         if str(relative) == "__init__.py":
             continue
-        part = relative.parts[0].removesuffix(".py")
+        part, name = relative.parts[0].removesuffix(".py"), relative.stem
         if part not in RANKS:
             found.append(f"{relative}: {part} has no rank")
             continue
-        module = ".".join(["nbcache", *relative.with_suffix("").parts])
-        for dotted in imports(ast.parse(path.read_text()), module):
+        if part in INNER_RANKS and name not in INNER_RANKS[part] and name != "__init__":
+            found.append(f"{relative}: {name} has no rank in {part}")
+            continue
+        tree = ast.parse(path.read_text())
+        dotted_names = list(imports(tree, ".".join(["nbcache", *relative.with_suffix("").parts])))
+        found += edge_violations(str(relative), tree, dotted_names)
+        for dotted in dotted_names:
             target = part_of(dotted)
-            if dotted.split(".")[0] == "torch" and not str(relative).startswith(TORCH_MODULES):
-                found.append(f"{relative}: imports torch")
+            if target == part and (wrong := inner_violation(part, name, dotted)):
+                found.append(f"{relative}: {wrong}")
             if target is None or target == part:
                 continue
             if target not in RANKS:
@@ -117,24 +188,43 @@ def test_imports_run_downwards():
 
 
 PLANTED = {
-    "daemon/x.py": ("from nbcache.client import api", "client.api"),
-    "client/x.py": ("import nbcache.daemon.store", "daemon.store"),
+    "daemon/store.py": ("from nbcache.client import api", "client.api"),
+    "client/session.py": ("import nbcache.daemon.store", "daemon.store"),
     "protocol/x.py": ("def late():\n    from nbcache.daemon.store import Store", "daemon.store.Store"),
     "errors.py": ("from nbcache.units import format_size", "units.format_size"),
     "layout.py": ("from .config import NBCache", "config.NBCache"),
     "config.py": ("from nbcache import layout", "layout"),
-    "memory/x.py": ("from ..protocol import wire", "protocol.wire"),
-    "daemon/y.py": ("from nbcache.checkpoints.catalog import resolve", "must not know checkpoints"),
-    "daemon/z.py": ("def late():\n    import torch", "imports torch"),
+    "memory/shared.py": ("from ..protocol import wire", "protocol.wire"),
+    "daemon/server.py": ("from nbcache.checkpoints.catalog import resolve", "must not know checkpoints"),
+    "daemon/lifecycle.py": ("def late():\n    import torch", "imports torch"),
     "client/weights.py": ("from torch import Tensor", "imports torch"),
-    "client/y.py": (
+    "client/fill.py": (
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    pass\nelse:\n    import torch.nn",
         "imports torch",
     ),
     "jupyter/x.py": ("try:\n    import nbcache.cli\nexcept ImportError:\n    pass", "nbcache.cli"),
     "cli.py": ("def late():\n    import torch", "imports torch"),
     "newcomer.py": ("", "newcomer has no rank"),
-    "client/z.py": ("import nbcache.newcomer", "has no rank"),
+    "daemon/newcomer.py": ("", "newcomer has no rank in daemon"),
+    "client/options.py": ("import nbcache.newcomer", "has no rank"),
+    "client/api.py": ("from nbcache.client.newcomer import load", "client.newcomer.load, which has no rank"),
+    "daemon/reader.py": ("from nbcache.daemon.store import Store", "daemon.store.Store, which is not below it"),
+    "daemon/policy.py": ("from . import tiers", "daemon.tiers, which is not below it"),
+    "daemon/tiers.py": ("def late():\n    from .server import Server", "daemon.server.Server, which is not below it"),
+    "client/cow.py": (
+        "def late():\n    from nbcache.client.device import CudaViews",
+        "client.device.CudaViews, which is not below",
+    ),
+    "client/tensors.py": ("import nbcache.client.cow", "client.cow, which is not below it"),
+    "memory/driver.py": ("from nbcache.memory.arena import Arena", "memory.arena.Arena, which is not below it"),
+    "checkpoints/x.py": ("from nbcache.bench.host import measure", "bench.host.measure, which is not below it"),
+    "checkpoints/y.py": ("def late():\n    import cuda.bindings.driver", "imports cuda"),
+    "memory/arena.py": ("import cupy", "imports cupy when it is imported"),
+    "client/device.py": ("class X:\n    import cupy", "imports cupy when it is imported"),
+    "bench/gpu.py": ("def late():\n    from cuda.bindings import driver", "imports cuda"),
+    "bench/x.py": ("import pynvml", "imports pynvml when it is imported"),
+    "jupyter/y.py": ("def late():\n    import pynvml", "imports pynvml"),
+    "client/loading.py": ("def late():\n    import cupy", "imports cupy"),
 }
 
 
@@ -153,13 +243,22 @@ def test_a_planted_violation_is_seen(tmp_path, path, planted):
     ("path", "source"),
     [
         ("client/tensors.py", "import torch"),
+        ("client/loading.py", "import torch\nfrom nbcache.client.device import find_device"),
         ("models/lora.py", "from torch import nn"),
         ("client/weights.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\n    import nbcache.cli"),
+        (
+            "client/options.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from nbcache.client.device import SlabMap",
+        ),
         (
             "daemon/server.py",
             "from nbcache import __version__\nfrom nbcache.protocol import messages\nfrom nbcache.errors import X",
         ),
-        ("daemon/x.py", "from . import store\nfrom .store import Store"),
+        ("daemon/server.py", "from . import store\nfrom .store import Store\nfrom nbcache.daemon.tiers import Tiers"),
+        ("memory/driver.py", "def late():\n    from cuda.bindings import driver\n    import pynvml"),
+        ("memory/arena.py", "class Arrays:\n    def __init__(self):\n        import cupy, cupyx"),
+        ("client/device.py", "def late():\n    import cupy"),
+        ("bench/gpu.py", "def late():\n    import pynvml, torch\nfrom nbcache.bench.disk import read"),
         ("cli.py", "from nbcache.client import api\ndef late():\n    from nbcache.bench import run"),
     ],
 )
@@ -184,8 +283,13 @@ def test_every_source_file_was_looked_at():
         "protocol",
         "daemon",
         "client",
+        "jupyter",
+        "bench",
+        "demo",
         "cli",
     }
+    for part, ranks in INNER_RANKS.items():
+        assert {path.stem for path in (ROOT / part).glob("*.py")} == {*ranks, "__init__"}
 
 
 def modules_after(statement: str) -> set[str]:
@@ -195,6 +299,9 @@ def modules_after(statement: str) -> set[str]:
     return set(json.loads(done.stdout))
 
 
+SLOW = ("torch", "numpy", "safetensors", "cupy", "cupyx", "cuda", "pynvml", "transformers")
+
+
 @pytest.mark.parametrize(
     "module",
     ["nbcache", "nbcache.cli", "nbcache.bench", "nbcache.daemon.lifecycle", "nbcache.client.api", "nbcache.jupyter.magics"],
@@ -202,9 +309,7 @@ def modules_after(statement: str) -> set[str]:
 def test_starting_does_not_import_torch(module):
     loaded = modules_after(f"import {module}")
     assert module in loaded
-    assert not {
-        name for name in loaded if name.split(".")[0] in ("torch", "numpy", "safetensors", "cupy", "cuda", "transformers")
-    }
+    assert not {name for name in loaded if name.split(".")[0] in SLOW}
 
 
 def test_importing_the_package_imports_nothing_of_it():
@@ -225,7 +330,8 @@ def test_the_probe_sees_torch_when_it_is_there():
 
 
 SURFACE = {
-    "NBCacheError", "Weights", "__version__", "errors", "evict", "evict_all", "load", "pin", "put", "status", "unpin",
+    "NBCacheError", "Weights", "__version__", "errors", "evict", "evict_all", "free_gpu", "load", "pin", "put", "status",
+    "unpin",
 }  # fmt: skip
 
 
@@ -243,6 +349,7 @@ def test_every_public_name_is_there_documented_and_one_object():
         assert getattr(nbcache, name).__doc__, name
     assert nbcache.load is api.load
     assert nbcache.put is api.put
+    assert nbcache.free_gpu is api.free_gpu
     assert nbcache.Weights is weights.Weights
     assert nbcache.errors is errors
     assert nbcache.NBCacheError is errors.NBCacheError

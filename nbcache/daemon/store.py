@@ -367,6 +367,7 @@ class Store:
             if not residence.place.on_host
             and residence.idle
             and not entry.pinned
+            and not (entry.provenance == "put" and entry.names and entry.host is not State.READY)  # I7: its only bytes
             and (not uuid or residence.place.uuid == uuid)
             and (only is None or entry is only)
             and now - residence.last_used_s >= unused_s

@@ -199,11 +199,12 @@ class Tiers:
 
         def areas() -> Generator[tuple[int, memoryview]]:
             sizes = block_sizes(extent_bytes, self.block_bytes)
-            ahead: Future[PinnedBlock] = self._creator.submit(arena.acquire, sizes[0])
+            ahead: Future[PinnedBlock] | None = self._creator.submit(arena.acquire, sizes[0])
             start = 0
             try:
                 for number, size in enumerate(sizes):
-                    block = ahead.result()
+                    assert ahead is not None
+                    block, ahead = ahead.result(), None
                     if number + 1 < len(sizes):  # made while this one is filled
                         ahead = self._creator.submit(arena.acquire, sizes[number + 1])
                     with block.view() as view:
@@ -216,11 +217,9 @@ class Tiers:
                     copy.blocks.append(block)
                     self._post(on_block)
             finally:
-                if start < extent_bytes:  # failed on the way: the block made ahead is in no list yet
+                if ahead is not None:  # failed on the way, and nobody has the block that was made ahead
                     with suppress(Exception):
-                        last = ahead.result()
-                        if last not in copy.blocks:
-                            last.close()
+                        ahead.result().close()
 
         def fill() -> None:
             with closing(areas()) as parts:

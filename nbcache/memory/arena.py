@@ -8,12 +8,11 @@ when the first block is made.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from nbcache.errors import DriverError
-from nbcache.memory.driver import Driver, Mapped, cpu_view
+from nbcache.memory.driver import Driver, Mapped, cpu_view, without_math_libraries
 
 BLOCK_BYTES = 512 << 20
 
@@ -33,7 +32,7 @@ class CupyArrays:
 
     def __init__(self) -> None:
         try:
-            with _without_math_libraries():
+            with without_math_libraries():
                 import cupy
                 import cupyx
         except ImportError as error:
@@ -55,26 +54,6 @@ class CupyArrays:
         return self._cupyx.empty_pinned(mapped.size_bytes, dtype="u1")
 
 
-@contextlib.contextmanager
-def _without_math_libraries() -> Iterator[None]:
-    """Keep CuPy's import from loading cuTENSOR and cuBLASLt, whose relocations take 84 MB: the daemon computes nothing."""
-    try:
-        from cuda import pathfinder
-    except ImportError:  # an older CuPy, which does not ask it
-        yield
-        return
-    load = pathfinder.load_nvidia_dynamic_lib
-
-    def refuse(name: str) -> None:
-        raise pathfinder.DynamicLibNotFoundError(f"{name}: not needed here")
-
-    pathfinder.load_nvidia_dynamic_lib = refuse
-    try:
-        yield
-    finally:
-        pathfinder.load_nvidia_dynamic_lib = load
-
-
 class _Block:
     """What CuPy wants of memory: ``ptr``, ``size``, ``device_id``."""
 
@@ -93,7 +72,11 @@ class PinnedBlock:
         self.fd = driver.create_block(size_bytes)
         try:
             self._mapped = driver.map_block(self.fd, size_bytes)
-            self.array: PinnedArray = arrays(self._mapped)
+            try:
+                self.array: PinnedArray = arrays(self._mapped)
+            except BaseException:
+                self._mapped.close()
+                raise
         except BaseException:
             driver.close(self.fd)
             raise

@@ -13,6 +13,7 @@ import ctypes
 import enum
 import importlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -100,6 +101,26 @@ def preload() -> None:
     """Import the CUDA bindings now, where they are installed, rather than in the first load: they take 20 ms. Starts no GPU."""
     with contextlib.suppress(ImportError):
         import cuda.bindings.driver  # noqa: F401
+
+
+@contextlib.contextmanager
+def without_math_libraries() -> Iterator[None]:
+    """Keep CuPy's import from loading cuTENSOR and cuBLASLt, whose relocations take 84 MB: the daemon computes nothing."""
+    try:
+        from cuda import pathfinder
+    except ImportError:  # an older CuPy, which does not ask it
+        yield
+        return
+    load = pathfinder.load_nvidia_dynamic_lib
+
+    def refuse(name: str) -> None:
+        raise pathfinder.DynamicLibNotFoundError(f"{name}: not needed here")
+
+    pathfinder.load_nvidia_dynamic_lib = refuse
+    try:
+        yield
+    finally:
+        pathfinder.load_nvidia_dynamic_lib = load
 
 
 class CudaDriver:

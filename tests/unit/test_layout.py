@@ -167,7 +167,10 @@ def test_equal_sizes_keep_their_order_and_empty_tensors_have_place_0(sizes):
 @EXAMPLES
 @given(CHECKPOINTS)
 def test_segments_hold_what_they_may(sizes):
-    """No small tensor crosses 2 MiB, no middle one its 20 MiB, and a large one starts a multiple of 2 MiB that is its own."""
+    """No small tensor crosses 2 MiB, no middle one its 20 MiB, and a large one starts a multiple of 2 MiB that is its own.
+
+    But the first large one, where it fits, lies in what the last middle segment has left, and then no segment is its own.
+    """
     layout = plan_layout(sizes)
     small, middle, large = ([i for i in planned_order(sizes) if kind(sizes[i]) == k] for k in range(3))
     for i in small:
@@ -176,7 +179,12 @@ def test_segments_hold_what_they_may(sizes):
     for i in middle:
         at = layout.places[i] - middle_start
         assert at // (20 * MIB) == (at + sizes[i] - 1) // (20 * MIB)
-    for i in large[1:] if middle else large:  # the first may fill what the last middle segment leaves
+    if middle and large:
+        after = max(layout.places[i] + rounded(sizes[i]) for i in middle)
+        segment_end = middle_start + -(-(after - middle_start) // (20 * MIB)) * 20 * MIB
+        if rounded(sizes[large[0]]) <= segment_end - after:
+            assert layout.places[large.pop(0)] == after
+    for i in large:
         start, end = layout.places[i], layout.places[i] + -(-sizes[i] // (2 * MIB)) * 2 * MIB
         assert start % (2 * MIB) == 0
         assert end <= layout.extent_bytes
@@ -212,6 +220,14 @@ def test_the_extent_does_not_depend_on_the_order_of_the_file(sizes):
         ([10 * MIB - 512], (0,), 20 * MIB),
         ([11 * MIB, 10 * MIB + 1], (12 * MIB, 0), 24 * MIB),
         ([10 * MIB, 1], (2 * MIB, 0), 12 * MIB),
+        # the first large tensor takes what the last middle segment has left, where it fits, and no other does
+        ([10 * MIB, 10 * MIB], (0, 10 * MIB), 20 * MIB),
+        ([2 * MIB, 10 * MIB], (0, 2 * MIB), 20 * MIB),
+        ([2 * MIB, 18 * MIB], (0, 2 * MIB), 20 * MIB),
+        ([2 * MIB, 18 * MIB + 1], (0, 20 * MIB), 40 * MIB),
+        ([2 * MIB, 18 * MIB - 511], (0, 2 * MIB), 20 * MIB),
+        ([30 * MIB, 12 * MIB, 3 * MIB, 4 * MIB], (20 * MIB, 7 * MIB, 0, 3 * MIB), 50 * MIB),
+        ([9 * MIB, 9 * MIB, 9 * MIB, 10 * MIB, 11 * MIB], (0, 9 * MIB, 20 * MIB, 29 * MIB, 40 * MIB), 52 * MIB),
     ],
 )
 def test_by_example(sizes, places, extent):
