@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -13,12 +14,24 @@ from nbcache.client.session import ProgressCallback, Session, expect
 from nbcache.client.weights import Weights
 from nbcache.errors import EntryNotFound
 from nbcache.manifest import MAX_MANIFEST_BYTES
+from nbcache.memory import driver
 from nbcache.memory.shared import read_sealed
 from nbcache.protocol import messages as m
 from nbcache.protocol.wire import close_all
 
 if TYPE_CHECKING:
     import torch
+
+
+def prepare() -> None:
+    """Import now what the first load would, where torch is there already: 2 ms, and 20 ms more with a GPU. Starts nothing."""
+    if "torch" in sys.modules:
+        import nbcache.client.loading  # noqa: F401
+
+        driver.preload()
+
+
+prepare()
 
 
 def load(

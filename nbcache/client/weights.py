@@ -14,12 +14,6 @@ from nbcache.units import format_size
 if TYPE_CHECKING:
     import torch
 
-if "torch" in sys.modules:  # where torch is there already, its edge is imported now and not in the first load
-    import nbcache.client.loading  # noqa: F401
-    from nbcache.memory import driver
-
-    driver.preload()
-
 
 class Weights(Mapping[str, "torch.Tensor"]):
     """Tensors of one cached entry, in file order. Get it from :func:`nbcache.load` or :func:`nbcache.put`.

@@ -130,6 +130,7 @@ class NBCacheMagics(Magics):
 
     def after_cell(self, result: ExecutionResult) -> None:
         """IPython calls this after each cell: let go of weights that it dropped; help where the GPU was full."""
+        api.prepare()
         cow = sys.modules.get("nbcache.client.cow")
         if cow is not None:
             cow.sweep()
