@@ -89,7 +89,7 @@ def _get_ready() -> Callable[..., Mapping[str, torch.Tensor]]:
     """Be a kernel that has torch, a context and ``nbcache.load``."""
     start_context()
     import nbcache
-    from nbcache.client.loading import NoSharedGpuMemory
+    from nbcache.client.notices import NoSharedGpuMemory
     from nbcache.memory import driver
 
     driver.preload()  # as ``import nbcache.client.weights`` does where torch is there already
