@@ -16,17 +16,15 @@ import ctypes
 import gc
 import operator
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from nbcache.client import tensors as edge
 from nbcache.client.notices import CopyOnWriteUnavailable, notify
+from nbcache.client.slabs import SlabMap, plain_tensors
 from nbcache.manifest import Manifest
-
-if TYPE_CHECKING:
-    from nbcache.client.device import SlabMap
 
 _MISSING = [
     name
@@ -136,9 +134,7 @@ def adopt(slab: SlabMap, manifest: Manifest, device: torch.device) -> tuple[dict
 
 
 def _copied(slab: SlabMap, manifest: Manifest, device: torch.device) -> tuple[dict[str, torch.Tensor], int]:
-    from nbcache.client.device import CudaViews
-
-    copies = edge.convert(CudaViews(device).plain(slab, manifest), device, None, copy=True)
+    copies = edge.convert(plain_tensors(slab, manifest, device), device, None, copy=True)
     return copies, sum(tensor.nbytes for tensor in copies.values())
 
 

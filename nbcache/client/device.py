@@ -1,26 +1,26 @@
-"""A GPU as a kernel uses it: filling a slab from pinned blocks, mapping one, and tensors over the map.
+"""A GPU as a kernel uses it: having its slab filled from pinned blocks, cast if need be, and mapped.
 
-The kernel has the context; the daemon has the memory. Needs torch, for its streams and tensors.
+The kernel has the context; the daemon has the memory. Owns the filling, and the order in which what is mapped is copied,
+awaited and unmapped. Must not know what the tensors over a slab are made of. Needs torch, for its dtypes and devices.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import torch
 
-from nbcache.client import cow
 from nbcache.client import tensors as edge
 from nbcache.client.fill import Grant, Offer, Wish, committed, read_answer
 from nbcache.client.options import Loaded, Share
 from nbcache.client.session import ProgressCallback, Session, expect
+from nbcache.client.slabs import SlabMap
+from nbcache.client.views import CudaViews, Views
 from nbcache.errors import EntryNotFound, InvalidOption, ProtocolError
 from nbcache.manifest import Extent, Manifest, nbytes_of, place_tensors
 from nbcache.memory.driver import Access, Driver, Gpu, Mapped, open_driver
@@ -28,129 +28,6 @@ from nbcache.protocol import messages as m
 
 AHEAD = 2
 """Blocks asked for before they are needed: one is mapped while another is copied."""
-
-
-class SlabMap:
-    """A read-only map of a slab, and the lease on it. Both end when the last reference goes, once queued work is done."""
-
-    def __init__(
-        self, mapped: Mapped, session: Session, synchronize: Callable[[], None], manifest: Manifest, device: int
-    ) -> None:
-        self.address = mapped.address
-        self.size_bytes = mapped.size_bytes
-        self.manifest = manifest
-        self._device = device
-        weakref.finalize(self, _let_go, mapped, session, synchronize, os.getpid()).atexit = False
-
-    def cupy_arrays(self) -> dict[str, Any]:
-        """See :meth:`Weights.cupy`."""
-        import cupy
-
-        memory = cupy.cuda.UnownedMemory(self.address, self.size_bytes, self, self._device)
-        arrays = {}
-        for extent in self.manifest.tensors:
-            dtype = cupy.dtype(_CUPY_DTYPES.get(extent.dtype) or f"u{edge.torch_dtype(extent).itemsize}")
-            shape = edge.torch_shape(extent.dtype, extent.shape)
-            if extent.nbytes:
-                arrays[extent.name] = cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, extent.place))
-            else:
-                arrays[extent.name] = cupy.empty(shape, dtype)
-        return arrays
-
-
-_CUPY_DTYPES = {
-    "BOOL": "?", "U8": "u1", "I8": "i1", "I16": "i2", "U16": "u2", "F16": "f2", "I32": "i4", "U32": "u4", "F32": "f4",
-    "I64": "i8", "U64": "u8", "F64": "f8", "C64": "c8", "C128": "c16",
-}  # fmt: skip
-
-
-def _let_go(mapped: Mapped, session: Session, synchronize: Callable[[], None], owner: int) -> None:
-    if os.getpid() == owner:  # a forked child has neither the context nor the lease
-        synchronize()
-        mapped.close()
-    session.close()
-
-
-class Views(Protocol):
-    """How tensors are made over a mapped slab, and what waits for a device. The tests' emulation makes CPU tensors."""
-
-    def plain(self, slab: SlabMap, manifest: Manifest) -> dict[str, torch.Tensor]:
-        """Tensors that keep the map alive; a write to one is a write to the map."""
-
-    def cow(self, slab: SlabMap, manifest: Manifest) -> tuple[dict[str, torch.Tensor], int]:
-        """Copy-on-write tensors, and how many bytes of them had to be copied at once."""
-
-    def synchronize(self) -> None:
-        """Wait for all queued work."""
-
-    def stream(self) -> int:
-        """The stream that copies are queued on."""
-
-    def empty(self, nbytes: int) -> torch.Tensor:
-        """Scratch bytes on the device."""
-
-    def current(self) -> contextlib.AbstractContextManager[object]:
-        """Makes the device current."""
-
-
-class CudaViews:
-    """CUDA tensors."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        torch.cuda.init()
-
-    def plain(self, slab: SlabMap, manifest: Manifest) -> dict[str, torch.Tensor]:
-        """See :class:`Views`. All are views of one array, the slab."""
-        whole = torch.as_tensor(_CudaArray(slab), device=self._device)
-        typed = {name: whole.view(dtype) for name, dtype in edge.dtypes_of(manifest).items()}
-        found = {}
-        for name, dtype_name, shape, _, _, nbytes, place in map(msgspec.structs.astuple, manifest.tensors):
-            base = typed[dtype_name]
-            shape = edge.torch_shape(dtype_name, shape)
-            if nbytes:
-                found[name] = base.as_strided(shape, _strides(shape), place // base.itemsize)
-            else:
-                found[name] = torch.empty(shape, dtype=base.dtype, device=self._device)
-        return found
-
-    def cow(self, slab: SlabMap, manifest: Manifest) -> tuple[dict[str, torch.Tensor], int]:
-        """See :class:`Views`."""
-        return cow.adopt(slab, manifest, self._device)
-
-    def synchronize(self) -> None:
-        """See :class:`Views`."""
-        torch.cuda.synchronize(self._device)
-
-    def stream(self) -> int:
-        """See :class:`Views`."""
-        return int(torch.cuda.current_stream(self._device).cuda_stream)
-
-    def empty(self, nbytes: int) -> torch.Tensor:
-        """See :class:`Views`."""
-        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-
-    def current(self) -> contextlib.AbstractContextManager[object]:
-        """See :class:`Views`."""
-        return torch.cuda.device(self._device)
-
-
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Those of a contiguous tensor."""
-    strides = [1]
-    for size in shape[:0:-1]:
-        strides.append(strides[-1] * size)
-    return tuple(reversed(strides)) if shape else ()
-
-
-class _CudaArray:
-    """What torch needs to see a slab as one array; torch's storage keeps this, and this keeps the map."""
-
-    def __init__(self, slab: SlabMap) -> None:
-        self.slab = slab
-        self.__cuda_array_interface__ = {
-            "shape": (slab.size_bytes,), "typestr": "|u1", "data": (slab.address, False), "version": 3, "strides": None,
-        }  # fmt: skip
 
 
 class Device:
@@ -263,9 +140,7 @@ class Device:
 
     def _cast(self, source: Manifest, target: Manifest, slab: Mapped, blocks: Iterator[Mapped], block_bytes: int) -> None:
         """Bring each tensor's bytes to scratch memory, in the order of their places, and cast it into its own."""
-        views = self._views.plain(
-            SlabMap(_Borrowed(slab), _NO_SESSION, self._views.synchronize, target, self._gpu.ordinal), target
-        )
+        views = self._views.plain(SlabMap.borrow(slab, self._views.synchronize, target, self._gpu.ordinal), target)
         scratch = self._views.empty(max((t.nbytes for t in source.tensors), default=0))
         at_hand: list[Mapped] = []
         for extent in sorted(source.tensors, key=lambda t: t.place):
@@ -290,25 +165,6 @@ def _unmap_later(mapped: list[Mapped]) -> None:
             each.close()
 
     threading.Thread(target=unmap, name="nbcache-unmap", daemon=True).start()
-
-
-class _Borrowed:
-    """A map that somebody else closes."""
-
-    def __init__(self, mapped: Mapped) -> None:
-        self.address = mapped.address
-        self.size_bytes = mapped.size_bytes
-
-    def close(self) -> None:
-        """Leave it."""
-
-
-class _NoSession:
-    def close(self) -> None:
-        """There is none."""
-
-
-_NO_SESSION: Any = _NoSession()
 
 
 def cast_manifest(manifest: Manifest, dtype: str) -> Manifest:

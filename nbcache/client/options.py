@@ -11,7 +11,7 @@ from nbcache.errors import InvalidOption
 if TYPE_CHECKING:
     import torch
 
-    from nbcache.client.device import SlabMap
+    from nbcache.client.slabs import SlabMap
 
 Share = Literal["cow", "readonly", "private"]
 SHARE_MODES: tuple[Share, ...] = ("cow", "readonly", "private")

@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import TextIO
 
 from nbcache.config import NBCache, RuntimePaths, SocketAddress
+from nbcache.daemon.connection import Port
 from nbcache.daemon.policy import GpuPolicy
 from nbcache.daemon.server import Server
+from nbcache.daemon.service import Service
 from nbcache.errors import DaemonUnavailable
 from nbcache.memory.driver import open_driver
 from nbcache.units import parse_size
@@ -54,13 +56,7 @@ class Daemon:
         self._paths.create()
         self._lock_fd = _acquire_lock(self._paths.lock)
         try:
-            server = Server(
-                self._bind(),
-                self._config.host_limit_bytes,
-                open_driver,
-                GpuPolicy(self._config.gpu_keep_s, parse_size(self._config.gpu_low_watermark)),
-                on_tick=self._check_reachable,
-            )
+            server = Server(self._bind(), self._open_service, on_tick=self._check_reachable)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: server.stop())
             log.info("serving on %s, process %d", self._paths.socket, os.getpid())
@@ -70,6 +66,10 @@ class Daemon:
         finally:
             self._unbind()
             os.close(self._lock_fd)
+
+    def _open_service(self, port: Port) -> Service:
+        policy = GpuPolicy(self._config.gpu_keep_s, parse_size(self._config.gpu_low_watermark))
+        return Service(port, self._config.host_limit_bytes, open_driver, policy)
 
     def _bind(self) -> socket.socket:
         self._paths.socket.unlink(missing_ok=True)  # stale: we hold the lock
@@ -101,7 +101,7 @@ class Daemon:
         """Called by the server every few seconds."""
         if self._is_reachable():
             return
-        if not server.connections and not server.store.entries:
+        if server.is_idle:
             log.warning("the socket vanished, and there is nothing to serve: leaving")
             server.stop()
             return

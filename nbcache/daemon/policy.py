@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nbcache.daemon.store import Residences, Store
+from nbcache.daemon.entries import Residences
+from nbcache.daemon.store import Store
 from nbcache.errors import DriverError
 from nbcache.memory.arena import BLOCK_BYTES
 from nbcache.memory.driver import Driver

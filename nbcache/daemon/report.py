@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from nbcache import __version__
-from nbcache.daemon.store import Entry, Kind, Residence, State, Store
+from nbcache.daemon.entries import Entry, Kind, Residence, State
+from nbcache.daemon.store import Store
 from nbcache.memory.driver import Driver
 from nbcache.protocol import messages as m
 

@@ -1,152 +1,35 @@
-"""The daemon's policy: entries, names, residences, leases, and what gives way to what.
+"""The daemon's policy: entries, names, leases, and what gives way to what.
 
-An entry is known by its key and lives in *residences*: a shared or a pinned copy in host memory, a slab on a GPU. Each
-residence has a state and leases of its own, and they are independent: a slab may stay when the host copy was evicted. Pure: no
-sockets, no memory, no clock of its own. It decides; the server acts. A decision that frees something is a list of residences,
-and the server frees what the list names.
+Pure: no sockets, no memory, no clock of its own. It decides; the holdings act. A decision that frees something is a list of
+residences, and the holdings free what the list names. What an entry, a residence and a state are stands in ``entries``; those
+names can be had from here too.
 """
 
 from __future__ import annotations
 
-import enum
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 
+from nbcache.daemon.entries import (
+    PINNED,
+    SHARED,
+    TRANSITIONS,
+    Entry,
+    Event,
+    IllegalTransition,
+    Kind,
+    Place,
+    Residence,
+    Residences,
+    State,
+)
 from nbcache.errors import DeviceMemoryFull, EntryInUse, EntryNotFound, HostMemoryFull
 from nbcache.units import format_duration, format_size
 
-
-class State(enum.Enum):
-    """States of a residence. In words: staging and staged for the host, filling and resident for a GPU."""
-
-    ABSENT = "absent"
-    FILLING = "filling"
-    READY = "ready"
-
-
-class Event(enum.Enum):
-    """What can happen to a residence."""
-
-    FILL = "fill"
-    COMPLETE = "complete"
-    FAIL = "fail"
-    EVICT = "evict"
-
-
-TRANSITIONS: dict[tuple[State, Event], State] = {
-    (State.ABSENT, Event.FILL): State.FILLING,
-    (State.FILLING, Event.COMPLETE): State.READY,
-    (State.FILLING, Event.FAIL): State.ABSENT,
-    (State.READY, Event.EVICT): State.ABSENT,
-}
-"""The one table of transitions; a pair that is not in it is a broken invariant."""
-
-
-class IllegalTransition(RuntimeError):
-    """An event that a state does not know. A bug: the daemon stops loudly rather than guess."""
-
-
-class Kind(enum.Enum):
-    """Sorts of residences."""
-
-    SHARED = "shared"
-    PINNED = "pinned"
-    DEVICE = "device"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a residence is. ``uuid`` and ``dtype`` (empty: the file's own) tell the slabs of an entry apart."""
-
-    kind: Kind
-    uuid: str = ""
-    dtype: str = ""
-
-    @property
-    def on_host(self) -> bool:
-        """Whether it counts against the host tier's limit."""
-        return self.kind is not Kind.DEVICE
-
-
-SHARED = Place(Kind.SHARED)
-PINNED = Place(Kind.PINNED)
-
-
-@dataclass
-class Residence:
-    """An entry's bytes in one place. ``leases`` maps lease to process id."""
-
-    place: Place
-    extent_bytes: int
-    state: State = State.ABSENT
-    leases: dict[int, int] = field(default_factory=dict)
-    last_used_s: float = 0.0
-
-    def happen(self, event: Event) -> None:
-        """Change state by the table; IllegalTransition, and no change, if the table has no such pair."""
-        try:
-            self.state = TRANSITIONS[self.state, event]
-        except KeyError:
-            raise IllegalTransition(f"{self.place}: {event} in state {self.state}") from None
-
-    @property
-    def idle(self) -> bool:
-        """Complete, and leased by nobody."""
-        return self.state is State.READY and not self.leases
-
-
-@dataclass
-class Entry:
-    """One cached checkpoint or put. ``bytes`` are the tensors' own, ``extent_bytes`` what a host copy takes."""
-
-    key: str
-    name: str
-    provenance: str
-    source: tuple[str, ...]
-    bytes: int
-    extent_bytes: int
-    tensors: int
-    names: list[str] = field(default_factory=list)
-    pinned: bool = False
-    generation: int = 0
-    """Counts up with each entry that the store took in."""
-    residences: dict[Place, Residence] = field(default_factory=dict)
-
-    def state(self, place: Place) -> State:
-        """The state in one place."""
-        residence = self.residences.get(place)
-        return residence.state if residence else State.ABSENT
-
-    @property
-    def host(self) -> State:
-        """The best state of its host copies."""
-        states = {residence.state for place, residence in self.residences.items() if place.on_host}
-        return next((state for state in (State.READY, State.FILLING) if state in states), State.ABSENT)
-
-    @property
-    def ready(self) -> bool:
-        """Whether it is complete anywhere; before that it has no name yet."""
-        return any(residence.state is State.READY for residence in self.residences.values())
-
-    @property
-    def leases(self) -> dict[int, int]:
-        """The leases of all its residences."""
-        return {lease: pid for residence in self.residences.values() for lease, pid in residence.leases.items()}
-
-    @property
-    def last_used_s(self) -> float:
-        """When any of its residences was last used."""
-        return max((residence.last_used_s for residence in self.residences.values()), default=0.0)
-
-    @property
-    def superseded(self) -> bool:
-        """Its last name went to a newer generation."""
-        return self.ready and not self.names
-
-
-Residences = list[tuple[str, Place]]
-"""Residences by key and place, for the server to free."""
+__all__ = [
+    "PINNED", "SHARED", "TRANSITIONS", "Entry", "Event", "IllegalTransition", "Kind", "Place", "Residence", "Residences",
+    "State", "Store",
+]  # fmt: skip
 
 
 class Store:
@@ -154,7 +37,7 @@ class Store:
 
     Notes
     -----
-    Single-threaded: the server's loop owns it. A method that raises has changed nothing.
+    Single-threaded: the thread of the server's loop owns it. A method that raises has changed nothing.
     """
 
     def __init__(self, limit_bytes: Callable[[], int], clock: Callable[[], float]) -> None:
@@ -407,7 +290,7 @@ class Store:
         return going, kept
 
     def evict(self, key: str, place: Place) -> None:
-        """Forget a residence whose memory the server frees. IllegalTransition if it is not complete, or is in use (I4)."""
+        """Forget a residence whose memory the holdings free. IllegalTransition if it is not complete, or is in use (I4)."""
         entry = self.entries[key]
         residence = entry.residences[place]
         if residence.leases or entry.pinned:

@@ -14,8 +14,8 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from nbcache.daemon.entries import PINNED, SHARED, Place
 from nbcache.daemon.reader import CopySource, Reader, Source, Staging
-from nbcache.daemon.store import PINNED, SHARED, Place
 from nbcache.errors import HostMemoryFull
 from nbcache.memory.arena import BLOCK_BYTES, Arena, PinnedBlock, block_sizes
 from nbcache.memory.driver import Driver

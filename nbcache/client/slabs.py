@@ -1,0 +1,119 @@
+"""A mapped slab, and plain tensors and arrays over it.
+
+Owns the map and the lease below it: what is made over a slab keeps it, and the last to go ends both. Must not know how the slab
+came to be filled, nor what copy-on-write is, which is made over it. It exists so that whoever hands out tensors of a slab need
+not think of when it may be unmapped. Needs torch.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import torch
+
+from nbcache.client import tensors as edge
+from nbcache.client.session import Session
+from nbcache.manifest import Manifest
+from nbcache.memory.driver import Mapped
+
+
+class SlabMap:
+    """A read-only map of a slab, and the lease on it. Both end when the last reference goes, once queued work is done."""
+
+    def __init__(
+        self, mapped: Mapped, session: Session, synchronize: Callable[[], None], manifest: Manifest, device: int
+    ) -> None:
+        self.address = mapped.address
+        self.size_bytes = mapped.size_bytes
+        self.manifest = manifest
+        self._device = device
+        weakref.finalize(self, _let_go, mapped, session, synchronize, os.getpid()).atexit = False
+
+    @classmethod
+    def borrow(cls, mapped: Mapped, synchronize: Callable[[], None], manifest: Manifest, device: int) -> SlabMap:
+        """A map that somebody else closes, of a slab that is not leased yet: a filler's own."""
+        return cls(_Borrowed(mapped), _NO_SESSION, synchronize, manifest, device)
+
+    def cupy_arrays(self) -> dict[str, Any]:
+        """See :meth:`Weights.cupy`."""
+        import cupy
+
+        memory = cupy.cuda.UnownedMemory(self.address, self.size_bytes, self, self._device)
+        arrays = {}
+        for extent in self.manifest.tensors:
+            dtype = cupy.dtype(_CUPY_DTYPES.get(extent.dtype) or f"u{edge.torch_dtype(extent).itemsize}")
+            shape = edge.torch_shape(extent.dtype, extent.shape)
+            if extent.nbytes:
+                arrays[extent.name] = cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, extent.place))
+            else:
+                arrays[extent.name] = cupy.empty(shape, dtype)
+        return arrays
+
+
+_CUPY_DTYPES = {
+    "BOOL": "?", "U8": "u1", "I8": "i1", "I16": "i2", "U16": "u2", "F16": "f2", "I32": "i4", "U32": "u4", "F32": "f4",
+    "I64": "i8", "U64": "u8", "F64": "f8", "C64": "c8", "C128": "c16",
+}  # fmt: skip
+
+
+def _let_go(mapped: Mapped, session: Session, synchronize: Callable[[], None], owner: int) -> None:
+    if os.getpid() == owner:  # a forked child has neither the context nor the lease
+        synchronize()
+        mapped.close()
+    session.close()
+
+
+class _Borrowed:
+    """A map that somebody else closes."""
+
+    def __init__(self, mapped: Mapped) -> None:
+        self.address = mapped.address
+        self.size_bytes = mapped.size_bytes
+
+    def close(self) -> None:
+        """Leave it."""
+
+
+class _NoSession:
+    def close(self) -> None:
+        """There is none."""
+
+
+_NO_SESSION: Any = _NoSession()
+
+
+def plain_tensors(slab: SlabMap, manifest: Manifest, device: torch.device) -> dict[str, torch.Tensor]:
+    """CUDA tensors that keep the map alive; a write to one is a write to the map. All are views of one array, the slab."""
+    whole = torch.as_tensor(_CudaArray(slab), device=device)
+    typed = {name: whole.view(dtype) for name, dtype in edge.dtypes_of(manifest).items()}
+    found = {}
+    for name, dtype_name, shape, _, _, nbytes, place in map(msgspec.structs.astuple, manifest.tensors):
+        base = typed[dtype_name]
+        shape = edge.torch_shape(dtype_name, shape)
+        if nbytes:
+            found[name] = base.as_strided(shape, _strides(shape), place // base.itemsize)
+        else:
+            found[name] = torch.empty(shape, dtype=base.dtype, device=device)
+    return found
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of a contiguous tensor."""
+    strides = [1]
+    for size in shape[:0:-1]:
+        strides.append(strides[-1] * size)
+    return tuple(reversed(strides)) if shape else ()
+
+
+class _CudaArray:
+    """What torch needs to see a slab as one array; torch's storage keeps this, and this keeps the map."""
+
+    def __init__(self, slab: SlabMap) -> None:
+        self.slab = slab
+        self.__cuda_array_interface__ = {
+            "shape": (slab.size_bytes,), "typestr": "|u1", "data": (slab.address, False), "version": 3, "strides": None,
+        }  # fmt: skip

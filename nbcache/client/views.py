@@ -1,0 +1,70 @@
+"""How tensors come to lie over a mapped slab, and what waits for the GPU: a port, and its real side.
+
+Owns the choice between plain and copy-on-write tensors, the stream and the waiting. Knows no daemon and no file. It exists so
+that the path of a load can be run without a GPU. Needs torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Protocol
+
+import torch
+
+from nbcache.client import cow
+from nbcache.client.slabs import SlabMap, plain_tensors
+from nbcache.manifest import Manifest
+
+
+class Views(Protocol):
+    """How tensors are made over a mapped slab, and what waits for a device. The tests' emulation makes CPU tensors."""
+
+    def plain(self, slab: SlabMap, manifest: Manifest) -> dict[str, torch.Tensor]:
+        """Tensors that keep the map alive; a write to one is a write to the map."""
+
+    def cow(self, slab: SlabMap, manifest: Manifest) -> tuple[dict[str, torch.Tensor], int]:
+        """Copy-on-write tensors, and how many bytes of them had to be copied at once."""
+
+    def synchronize(self) -> None:
+        """Wait for all queued work."""
+
+    def stream(self) -> int:
+        """The stream that copies are queued on."""
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        """Scratch bytes on the device."""
+
+    def current(self) -> contextlib.AbstractContextManager[object]:
+        """Makes the device current."""
+
+
+class CudaViews:
+    """CUDA tensors."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        torch.cuda.init()
+
+    def plain(self, slab: SlabMap, manifest: Manifest) -> dict[str, torch.Tensor]:
+        """See :class:`Views`."""
+        return plain_tensors(slab, manifest, self._device)
+
+    def cow(self, slab: SlabMap, manifest: Manifest) -> tuple[dict[str, torch.Tensor], int]:
+        """See :class:`Views`."""
+        return cow.adopt(slab, manifest, self._device)
+
+    def synchronize(self) -> None:
+        """See :class:`Views`."""
+        torch.cuda.synchronize(self._device)
+
+    def stream(self) -> int:
+        """See :class:`Views`."""
+        return int(torch.cuda.current_stream(self._device).cuda_stream)
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        """See :class:`Views`."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+    def current(self) -> contextlib.AbstractContextManager[object]:
+        """See :class:`Views`."""
+        return torch.cuda.device(self._device)

@@ -1,0 +1,127 @@
+"""What the service does between store and memory that no peer can bring about at will: it is called here without a server."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+
+from nbcache.daemon.connection import Connection, Phase
+from nbcache.daemon.entries import PINNED, SHARED, Entry, Kind, Place, State
+from nbcache.daemon.policy import GpuPolicy
+from nbcache.daemon.service import Service
+from nbcache.errors import HostMemoryFull, NBCacheError
+from nbcache.memory.shared import map_private, seal_bytes
+from nbcache.protocol import messages as m
+from tests.support.emulated import EmulatedDriver
+from tests.support.waiting import eventually
+
+MIB = 1 << 20
+EXTENT = 6 * MIB
+
+
+class Port:
+    """A port without peers: what is posted waits for :meth:`Bench.until`, what is answered is kept."""
+
+    def __init__(self) -> None:
+        self.connections: dict[int, Connection] = {}
+        self.reports: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.answers: list[m.Message] = []
+        self.post = self.reports.put
+
+    def reply(self, connection: Connection, message: m.Message, descriptors: Sequence[int] = ()) -> None:
+        self.answers.append(message)
+
+    def fail(self, connection: Connection, error: NBCacheError) -> None:
+        self.answers.append(m.Failed(type(error).__name__, str(error)))
+
+
+class Bench:
+    """A service without a server: this thread is its loop."""
+
+    def __init__(self, keep_s: float = 600.0) -> None:
+        self.driver = EmulatedDriver()
+        policy = GpuPolicy(keep_s, low_bytes=0, block_bytes=2 * MIB)
+        self.port = Port()
+        self.service = Service(self.port, lambda: 2 * EXTENT, lambda: self.driver, policy)
+        self.store, self.tiers, self.free = self.service._store, self.service._tiers, self.service._holdings.free
+
+    def entry(self, key: str) -> Entry:
+        self.tiers.keep_manifest(key, seal_bytes("manifest", b"{}"))
+        return Entry(key, "/model", "file", (), EXTENT, EXTENT, 1)
+
+    def slab(self, key: str) -> Place:
+        place = Place(Kind.DEVICE, self.driver.gpus()[0].uuid)
+        self.tiers.create_slab(key, place, EXTENT)
+        self.free(self.store.fill(self.entry(key), place, EXTENT))
+        self.free(self.store.give_name(key, "/model"))
+        self.free(self.store.complete(key, place))
+        return place
+
+    def until(self, key: str, place: Place) -> None:
+        """Do what other threads report until a residence is no longer being filled."""
+        while key in self.store.entries and self.store.entries[key].state(place) is State.FILLING:
+            self.port.reports.get(timeout=10)()
+
+
+@pytest.fixture
+def make(no_leaks: None) -> Iterator[Callable[..., Bench]]:
+    with contextlib.ExitStack() as stack:
+
+        def make(keep_s: float = 600.0) -> Bench:
+            bench = Bench(keep_s)
+            stack.callback(bench.service.close)
+            return bench
+
+        yield make
+
+
+@pytest.mark.parametrize("keep_s", [0, 600])
+def test_the_last_lease_on_a_superseded_slab_ends_with_the_entry(make, keep_s):
+    """The entry is forgotten with it: there is nothing left to look for idle slabs in."""
+    bench = make(keep_s)
+    place = bench.slab("one")
+    bench.store.grant("one", place, 1, os.getpid())
+    bench.slab("two")
+    assert bench.store.entries["one"].superseded
+    bench.service.let_go(Connection(1, os.getpid(), 0.0, Phase.HOLDING, key="one", place=place))
+    assert set(bench.store.entries) == {"two"}
+
+
+def test_a_pinned_copy_is_not_pulled_away_while_the_shared_one_is_filled_from_it(make, monkeypatch):
+    """Whether it is kept meanwhile, or given back only afterwards: the shared copy has its bytes."""
+    bench, payload = make(), os.urandom(EXTENT)
+    entry = bench.entry("k")
+    assert bench.store.fill(entry, SHARED, EXTENT) == []
+    bench.tiers.create_shared("k", "/model", EXTENT)
+    with bench.tiers._shared("k").block.writable() as view:
+        view[:] = payload
+    bench.tiers.seal_shared("k")
+    assert bench.store.complete("k", SHARED) == []
+    assert bench.service._host._fill_from(entry, SHARED, PINNED)
+    bench.until("k", PINNED)
+    bench.free([("k", SHARED)])
+
+    copying, go, real = threading.Event(), threading.Event(), os.pwrite
+
+    def slow(*arguments):
+        copying.set()
+        assert go.wait(10)
+        return real(*arguments)
+
+    monkeypatch.setattr("nbcache.daemon.tiers.os.pwrite", slow)
+    assert bench.service._host._fill_from(entry, PINNED, SHARED)
+    assert copying.wait(10)
+    with contextlib.suppress(HostMemoryFull):  # another entry comes, and wants the room
+        bench.free(bench.store.plan_eviction(EXTENT, "/another"))
+        with contextlib.suppress(AssertionError):  # evicted: its memory goes at once, or it is kept until the copying is over
+            eventually(lambda: len(bench.driver._used) < 3, timeout_s=0.5)
+    go.set()
+    bench.until("k", SHARED)
+    assert bench.store.entries["k"].state(SHARED) is State.READY
+    with map_private(bench.tiers.shared_fd("k"), EXTENT) as area:
+        assert area[:] == payload
