@@ -37,18 +37,37 @@ RANKS: dict[str, int] = {
 """A module may import from its own part and from lower ranks. Parts of one rank never import each other."""
 
 INNER_RANKS: dict[str, dict[str, int]] = {
-    "daemon": {"store": 0, "reader": 0, "tiers": 1, "policy": 1, "report": 1, "server": 2, "lifecycle": 3, "__main__": 4},
+    "daemon": {
+        "entries": 0,
+        "reader": 0,
+        "store": 1,
+        "connection": 1,
+        "claims": 1,
+        "tiers": 2,
+        "policy": 2,
+        "report": 2,
+        "holdings": 3,
+        "host": 4,
+        "leases": 5,
+        "slabs": 6,
+        "service": 7,
+        "server": 8,
+        "lifecycle": 9,
+        "__main__": 10,
+    },
     "client": {
         "notices": 0,
         "options": 0,
         "tensors": 0,
         "session": 1,
-        "cow": 1,
         "fill": 2,
-        "device": 3,
-        "loading": 4,
-        "weights": 5,
-        "api": 6,
+        "slabs": 2,
+        "cow": 3,
+        "views": 4,
+        "device": 5,
+        "loading": 6,
+        "weights": 7,
+        "api": 8,
     },
     "memory": {"shared": 0, "driver": 0, "arena": 1},
 }
@@ -64,11 +83,15 @@ OUTSIDE = ("bench/", "demo.py", "demo_kernel.py")
 """The demo and the benchmarks stand outside: they compare with stock loaders, in functions that only they call."""
 
 EDGES: dict[str, tuple[str, ...]] = {
-    "torch": ("client/tensors.py", "client/device.py", "client/cow.py", "client/loading.py", "models/", *OUTSIDE),
+    "torch": (
+        *(f"client/{name}.py" for name in ("tensors", "slabs", "cow", "views", "device", "loading")),
+        "models/",
+        *OUTSIDE,
+    ),
     "cuda": ("memory/driver.py",),
     "pynvml": ("memory/driver.py", "bench/"),
-    "cupy": ("memory/arena.py", "client/device.py"),
-    "cupyx": ("memory/arena.py", "client/device.py"),
+    "cupy": ("memory/arena.py", "client/slabs.py"),
+    "cupyx": ("memory/arena.py",),
 }
 """Who may import these packages, and nobody else."""
 
@@ -220,7 +243,7 @@ PLANTED = {
     "checkpoints/x.py": ("from nbcache.bench.host import measure", "bench.host.measure, which is not below it"),
     "checkpoints/y.py": ("def late():\n    import cuda.bindings.driver", "imports cuda"),
     "memory/arena.py": ("import cupy", "imports cupy when it is imported"),
-    "client/device.py": ("class X:\n    import cupy", "imports cupy when it is imported"),
+    "client/slabs.py": ("class X:\n    import cupy", "imports cupy when it is imported"),
     "bench/gpu.py": ("def late():\n    from cuda.bindings import driver", "imports cuda"),
     "bench/x.py": ("import pynvml", "imports pynvml when it is imported"),
     "jupyter/y.py": ("def late():\n    import pynvml", "imports pynvml"),
@@ -257,7 +280,7 @@ def test_a_planted_violation_is_seen(tmp_path, path, planted):
         ("daemon/server.py", "from . import store\nfrom .store import Store\nfrom nbcache.daemon.tiers import Tiers"),
         ("memory/driver.py", "def late():\n    from cuda.bindings import driver\n    import pynvml"),
         ("memory/arena.py", "class Arrays:\n    def __init__(self):\n        import cupy, cupyx"),
-        ("client/device.py", "def late():\n    import cupy"),
+        ("client/slabs.py", "def late():\n    import cupy"),
         ("bench/gpu.py", "def late():\n    import pynvml, torch\nfrom nbcache.bench.disk import read"),
         ("cli.py", "from nbcache.client import api\ndef late():\n    from nbcache.bench import run"),
     ],

@@ -6,7 +6,10 @@ this. It exists because a copy that began for one connection goes on without it,
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+from collections.abc import Iterator
 from functools import partial
 from typing import Protocol
 
@@ -16,6 +19,9 @@ from nbcache.daemon.reader import FileSource, Source, Staging
 from nbcache.errors import NBCacheError
 
 log = logging.getLogger("nbcache.daemon")
+
+OWN_LEASE = 0
+"""The daemon's own lease on a host copy that it copies; connections count from 1."""
 
 
 class HostCopies:
@@ -51,7 +57,8 @@ class HostCopies:
         if entry.state(other) is not State.READY:
             self._holdings.abandon(entry.key, place)
             return False
-        with self._holdings.undone_on_error(entry.key, place):
+        self._store.grant(entry.key, other, OWN_LEASE, os.getpid())  # I4: it stays while it is copied
+        with self._holdings.undone_on_error(entry.key, place), self._released_on_error(entry):
             if place == PINNED:
                 source = self._tiers.copy_source(entry.key, entry.name)
                 self._start_pinned(entry, source)
@@ -59,6 +66,14 @@ class HostCopies:
                 self._tiers.create_shared(entry.key, entry.name, entry.extent_bytes)
                 self._track(entry, SHARED, self._tiers.fill_shared_from_pinned(entry.key, partial(self._ended, entry, SHARED)))
         return True
+
+    @contextlib.contextmanager
+    def _released_on_error(self, entry: Entry) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._release_source(entry)
+            raise
 
     def read(self, entry: Entry, place: Place, source: FileSource) -> None:
         """Begin to fill a host copy, for which the store has made room, from files. Takes the source over, and closes it."""
@@ -80,9 +95,14 @@ class HostCopies:
     def _track(self, entry: Entry, place: Place, staging: Staging) -> None:
         self._stagings[entry.key, place] = staging
 
+    def _release_source(self, entry: Entry) -> None:
+        for place in [each.place for each in entry.residences.values() if OWN_LEASE in each.leases]:
+            self._holdings.free(self._store.release(entry.key, place, OWN_LEASE))
+
     def _ended(self, entry: Entry, place: Place, error: Exception | None) -> None:
         """A host copy is complete, or came to nothing."""
         del self._stagings[entry.key, place]
+        self._release_source(entry)
         if error is None:
             log.info("staged %s, %s", entry.name, place.kind.value)
             self._holdings.free(self._store.complete(entry.key, place))

@@ -92,5 +92,6 @@ class Leases:
     def release(self, connection: Connection) -> None:
         """The lease of a connection that held one ends (I1)."""
         self._holdings.free(self._store.release(connection.key, connection.place, connection.number))
-        if connection.place.kind is Kind.DEVICE and self._policy.keep_s == 0:
+        known = connection.key in self._store.entries  # a superseded one may have gone with its last lease
+        if known and connection.place.kind is Kind.DEVICE and self._policy.keep_s == 0:
             self._holdings.free(self._store.idle_slabs(connection.place.uuid, (connection.key,)))

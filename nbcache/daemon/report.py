@@ -54,8 +54,13 @@ def _entry_status(entry: Entry, users: Mapping[int, User], now_s: float) -> m.En
         pinned=entry.pinned,
         last_used_s=round(now_s - entry.last_used_s, 3),
         key=entry.key,
-        used_by=tuple(m.Lease(users[lease].pid, users[lease].label) for lease in leases),
+        used_by=tuple(_user(users.get(lease)) for lease in leases),
     )
+
+
+def _user(user: User | None) -> m.Lease:
+    """Who holds a lease; the daemon itself holds one on a host copy that it is copying."""
+    return m.Lease(user.pid, user.label) if user else m.Lease(os.getpid(), "nbcache")
 
 
 def _residence(residence: Residence) -> m.DeviceResidence:

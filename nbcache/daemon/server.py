@@ -145,9 +145,9 @@ class Server:
                 self._on_tick(self)
 
     def _shut_down(self) -> None:
-        self._service.close()
         for connection in list(self.connections.values()):
             self._drop(connection, "the daemon stops")
+        self._service.close()
         self._selector.close()
         self._listener.close()
         os.close(self._wake_fd)

@@ -102,6 +102,7 @@ def test_a_pinned_copy_is_not_pulled_away_while_the_shared_one_is_filled_from_it
         view[:] = payload
     bench.tiers.seal_shared("k")
     assert bench.store.complete("k", SHARED) == []
+    assert bench.store.give_name("k", "/model") == []
     assert bench.service._host._fill_from(entry, SHARED, PINNED)
     bench.until("k", PINNED)
     bench.free([("k", SHARED)])
