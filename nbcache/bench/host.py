@@ -107,6 +107,7 @@ def _time_loads(name: str, loads: int) -> tuple[list[float], list[float]]:
     import torch
 
     assert torch.get_num_threads()  # imported before the clock starts, as in a kernel
+    api.prepare()
     stock: Callable[[], object] | None = None
     if os.path.exists(name):
         from safetensors.torch import load_file

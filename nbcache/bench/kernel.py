@@ -89,10 +89,10 @@ def _get_ready() -> Callable[..., Mapping[str, torch.Tensor]]:
     """Be a kernel that has torch, a context and ``nbcache.load``."""
     start_context()
     import nbcache
+    from nbcache.client import api
     from nbcache.client.notices import NoSharedGpuMemory
-    from nbcache.memory import driver
 
-    driver.preload()  # as ``import nbcache.client.weights`` does where torch is there already
+    api.prepare()  # as importing it does where torch is there already
     warnings.simplefilter("error", NoSharedGpuMemory)  # an ordinary copy is not what is measured here
     return nbcache.load
 

@@ -105,7 +105,9 @@ class Device:
         finally:
             os.close(fd)
             self._views.synchronize()  # nothing may be unmapped under a queued copy, nor committed
-            _unmap_later(mapped)
+            if mapped:
+                mapped[0].close()  # the slab: who commits maps it writable no longer
+            _unmap_later(mapped[1:])
         return committed(session, on_progress)
 
     def _copy(self, target: int, blocks: Iterator[Mapped]) -> None:

@@ -63,7 +63,9 @@ class Leases:
             self._port.reply(connection, m.Vacant(entry.key), [self._tiers.manifest_fd(entry.key)])
 
     def again(self, connection: Connection, entry: Entry, staged: bool = False) -> None:
-        """Attend to a connection that waited; an error is its answer."""
+        """Attend to a connection that waits, if nothing else has served or ended it meanwhile; an error is its answer."""
+        if connection.phase is not Phase.WAITING:
+            return
         try:
             if staged and entry.state(connection.place) is State.READY:
                 self.grant(connection, entry, staged=True)

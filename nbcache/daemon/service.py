@@ -195,12 +195,15 @@ class Service:
             self._leases.again(connection, entry, staged=True)
 
     def staging_failed(self, entry: Entry, place: Place, error: NBCacheError) -> None:
-        """Who waits is told, and who fills a slab from the copy; they may ask again."""
-        waiting = self._leases.waiting_for(entry.key)
+        """Who waits for it is told, and who fills a slab from it; they may ask again. A slab that another copy feeds is filled."""
         fillers = self._slabs.fillers_of(entry.key) if place == PINNED else []
-        for connection in [*waiting, *fillers]:
-            if connection in fillers:
-                self.let_go(connection)
+        fed = {connection.place for connection in self._slabs.fillers_of(entry.key)} - {filler.place for filler in fillers}
+        waiting = [connection for connection in self._leases.waiting_for(entry.key) if connection.place not in fed]
+        for connection in waiting:
+            connection.phase = Phase.IDLE
+            self._port.fail(connection, error)
+        for connection in fillers:
+            self.let_go(connection)
             connection.phase = Phase.IDLE
             self._port.fail(connection, error)
 

@@ -17,6 +17,9 @@ from nbcache.errors import DeviceMemoryFull, DriverError, ProtocolError
 from nbcache.manifest import MAX_EXTENT_BYTES
 from nbcache.protocol import messages as m
 
+MAX_WANTED = 64
+"""Blocks that a filler may have asked for and not got yet."""
+
 
 class Slabs:
     """Lets clients fill slabs, one client each.
@@ -73,8 +76,9 @@ class Slabs:
 
     def want(self, connection: Connection, want: m.Want, _: list[int]) -> None:
         """Hand over a block of the pinned copy, now or once it is staged."""
-        if not 0 <= want.number < 1 << 20 or len(connection.wanted) > 64:
-            raise ProtocolError(f"block {want.number} wanted, with {len(connection.wanted)} outstanding")
+        count = -(-self._store.entries[connection.key].extent_bytes // self._tiers.block_bytes)
+        if not 0 <= want.number < count or len(connection.wanted) >= MAX_WANTED:
+            raise ProtocolError(f"block {want.number} of {count} wanted, with {len(connection.wanted)} outstanding")
         connection.wanted.append(want.number)
         connection.told_s = self._clock()
         self.serve_wants(connection.key)
@@ -97,6 +101,8 @@ class Slabs:
 
     def commit(self, connection: Connection, _commit: m.Commit, _: list[int]) -> None:
         """The slab is full: hold it, once the pinned copy it came from is complete."""
+        if connection.wanted:
+            raise ProtocolError(f"commit with {len(connection.wanted)} blocks outstanding")
         entry = self._store.entries[connection.key]
         if entry.state(PINNED) is State.FILLING:  # its files are not proven unchanged yet (I6)
             connection.phase, connection.told_s = Phase.COMMITTING, self._clock()

@@ -137,7 +137,7 @@ class Granted(Message, frozen=True, tag="granted"):
     name: str
     provenance: str
     staged: bool = False
-    """Whether the files were read for this answer; False on a hit."""
+    """Whether files were read, a slab was filled or bytes were saved for this answer; False on a hit."""
 
 
 class Absent(Message, frozen=True, tag="absent"):
@@ -167,7 +167,7 @@ class Block(Message, frozen=True, tag="block"):
 
 
 class Progress(Message, frozen=True, tag="progress"):
-    """Daemon, unasked, to whoever waits for a staging: how far it is. At least once a second."""
+    """Daemon, unasked, to whoever waits: how far the staging is; 0 of 0 where another fills a slab. At least once a second."""
 
     staged_bytes: int
     total_bytes: int

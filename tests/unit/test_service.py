@@ -126,3 +126,26 @@ def test_a_pinned_copy_is_not_pulled_away_while_the_shared_one_is_filled_from_it
     assert bench.store.entries["k"].state(SHARED) is State.READY
     with map_private(bench.tiers.shared_fd("k"), EXTENT) as area:
         assert area[:] == payload
+
+
+def test_who_waits_for_a_slab_is_granted_once_when_its_commit_waits_for_the_host_copy(make):
+    """A second Granted would be taken for the answer to the next request, and its lease would never end (I1)."""
+    bench = make()
+    place = Place(Kind.DEVICE, bench.driver.gpus()[0].uuid)
+    entry = bench.entry("k")
+    assert bench.store.fill(entry, SHARED, EXTENT) == []
+    bench.tiers.create_shared("k", "/model", EXTENT)
+    bench.tiers.seal_shared("k")
+    assert bench.store.complete("k", SHARED) == []
+    assert bench.store.give_name("k", "/model") == []
+    assert bench.service._host.is_coming(entry, PINNED)  # begun; nothing that other threads report is done yet
+    bench.tiers.create_slab("k", place, EXTENT)
+    assert bench.store.fill(entry, place, EXTENT) == []
+    wish = m.Find(device=m.DeviceWish(place.uuid))
+    filler = Connection(1, os.getpid(), 0.0, Phase.COMMITTING, key="k", place=place, find=wish)
+    waiters = [Connection(n, os.getpid(), 0.0, Phase.WAITING, key="k", place=place, find=wish) for n in (2, 3)]
+    bench.port.connections = {each.number: each for each in [filler, *waiters]}
+    bench.until("k", PINNED)
+    assert [type(answer) for answer in bench.port.answers] == [m.Granted] * 3
+    assert sorted(entry.residences[place].leases) == [1, 2, 3]
+    assert entry.residences[PINNED].leases == {}
