@@ -195,7 +195,7 @@ class Service:
             self._leases.again(connection, entry, staged=True)
 
     def staging_failed(self, entry: Entry, place: Place, error: NBCacheError) -> None:
-        """Who waits for it is told, and who fills a slab from it; they may ask again. A slab that another copy feeds is filled."""
+        """Who waits for it is told, and who fills a slab from it; they may ask again. Other slabs are filled on."""
         fillers = self._slabs.fillers_of(entry.key) if place == PINNED else []
         fed = {connection.place for connection in self._slabs.fillers_of(entry.key)} - {filler.place for filler in fillers}
         waiting = [connection for connection in self._leases.waiting_for(entry.key) if connection.place not in fed]
