@@ -57,7 +57,7 @@ class Device:
                 found = get(Wish(m.DeviceWish(self._gpu.uuid)))
             try:
                 layout = cast_manifest(found.manifest, wanted)
-                grant = found if isinstance(found, Grant) else self._fill(found, layout, wanted, on_progress)
+                grant = found if isinstance(found, Grant) else self._fill(found, layout, on_progress)
             except BaseException:
                 found.close()
                 raise
@@ -79,9 +79,10 @@ class Device:
         if share == "private":
             tensors = edge.convert(tensors, self._device, None, copy=True)
             private_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        return Loaded(tensors, grant.key, grant.name, self._name, grant.manifest.metadata, private_bytes, grant.hit, slab)
+        kept = None if share == "private" else slab  # private tensors need no lease
+        return Loaded(tensors, grant.key, grant.name, self._name, grant.manifest.metadata, private_bytes, grant.hit, kept)
 
-    def _fill(self, offer: Offer, layout: Manifest, dtype: str, on_progress: ProgressCallback | None) -> Grant:
+    def _fill(self, offer: Offer, layout: Manifest, on_progress: ProgressCallback | None) -> Grant:
         """Fill the slab that was offered, commit it, and hold it. If another client was quicker, hold what it filled."""
         session = offer.session
         while True:

@@ -97,6 +97,12 @@ def test_the_lease_on_a_slab_ends_with_its_last_tensor(kernel, path):
     eventually(lambda: slabs()[0][3] == 0)
 
 
+def test_private_weights_hold_no_lease(kernel, path):
+    kernel.run(f"w = nbcache.load({str(path)!r}, device='cuda', share='private'); gc.collect()")
+    assert kernel.run("w.private_bytes == w.nbytes")
+    eventually(lambda: [slab[3] for slab in slabs()] == [0])
+
+
 def test_a_cast_has_a_slab_of_its_own_and_the_files_own_dtype_has_not(kernel, path):
     load = f"nbcache.load({str(path)!r}, device='cuda', share='readonly', dtype="
     assert kernel.run(f"same({load}'bfloat16'), {str(path)!r}, torch.bfloat16)")

@@ -174,7 +174,7 @@ def test_the_lease_ends_with_the_last_tensor(kernel, path, share):
 
 
 def test_private_weights_hold_no_lease(kernel, path):
-    kernel.run(f"w = {load(path, 'private')}; w._slab = None; gc.collect()")
+    kernel.run(f"w = {load(path, 'private')}; gc.collect()")
     eventually(lambda: leases() == [("resident", 0)])
     assert kernel.run("w.private_bytes == w.nbytes")
 
