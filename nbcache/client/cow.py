@@ -82,10 +82,13 @@ class Adoption:
                 if not extent.nbytes:
                     found[extent.name] = base
                     continue
-                keep(base)
-                if base.data_ptr() != start + extent.place:
+                address = base.data_ptr()
+                if address != start + extent.place:
                     private += extent.nbytes
+                    if start <= address < self._limit:  # elsewhere in the slab: what it took there stays taken
+                        keep(base)
                     continue
+                keep(base)
                 clone = torch._lazy_clone(base)
                 watch(StorageWeakRef(clone.untyped_storage()))
                 found[extent.name] = clone
@@ -123,7 +126,11 @@ def adopt(slab: SlabMap, manifest: Manifest, device: torch.device) -> tuple[dict
         notify(CopyOnWriteUnavailable, f"torch {torch.__version__} lacks {missing}: no copy-on-write, weights are copied")
         return _copied(slab, manifest, device)
     adoption = Adoption(slab, device)
-    tensors, private = adoption.take(manifest)
+    try:
+        tensors, private = adoption.take(manifest)
+    except torch.OutOfMemoryError:  # torch carved so differently that the slab did not suffice
+        adoption.end()
+        return _copied(slab, manifest, device)
     if private:
         copies, _ = _copied(slab, manifest, device)
         tensors = copies | tensors
