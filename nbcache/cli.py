@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -19,7 +20,7 @@ from nbcache import __version__
 from nbcache.client import api
 from nbcache.client.session import Session, stop_daemon
 from nbcache.config import NBCache
-from nbcache.errors import NBCacheError
+from nbcache.errors import InvalidOption, NBCacheError
 from nbcache.jupyter.display import render_status, short_name
 from nbcache.units import format_duration, format_size, parse_size
 
@@ -55,7 +56,10 @@ def serve(host_limit: Annotated[str, typer.Option(help="Most host memory for ent
     from nbcache.daemon.lifecycle import serve_foreground
 
     if host_limit:
-        parse_size(host_limit)
+        try:
+            parse_size(host_limit)
+        except InvalidOption as error:
+            raise typer.BadParameter(f"--host-limit: {error}") from error
     serve_foreground(NBCache(host_limit=host_limit) if host_limit else NBCache())
 
 
@@ -99,6 +103,18 @@ def evict(
     _print(f"evicted {', '.join(map(short_name, evicted.names)) or 'nothing'} ({format_size(evicted.freed_bytes)})")
     if evicted.kept:
         _print(f"kept {', '.join(evicted.kept)}")
+
+
+@app.command()
+def pin(name: Annotated[str, typer.Argument(help="The entry to keep.")]) -> None:
+    """Keep an entry, however full the tier gets."""
+    api.pin(name)
+
+
+@app.command()
+def unpin(name: Annotated[str, typer.Argument(help="The entry to let go.")]) -> None:
+    """Let an entry give way again."""
+    api.unpin(name)
 
 
 @app.command()
@@ -212,14 +228,20 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def _show_warning(message: Warning | str, *_: object) -> None:
+    print(f"nbcache: {' '.join(str(message).split())}", file=sys.stderr)  # noqa: T201
+
+
 _CLICK_EXCEPTION: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 """Of whichever click this typer was built on; newer ones carry their own."""
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line. Exits; never returns."""
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         result = app(arguments, standalone_mode=False)
+        sys.stdout.flush()
     except NBCacheError as error:
         _fail(str(error), 1)
     except _CLICK_EXCEPTION as error:
@@ -228,4 +250,6 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _fail("interrupted", 130)
     except BrokenPipeError:
         sys.exit(1)
+    except OSError as error:
+        _fail(str(error), 1)
     sys.exit(result if isinstance(result, int) else 0)

@@ -6,7 +6,6 @@ settings reach the daemon that it starts.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
 from dataclasses import dataclass
@@ -81,7 +80,10 @@ class NBCache(Configurable):
 
     def host_limit_bytes(self) -> int:
         """The host tier's limit now. Asked again each time: some machines' memory grows as it is used."""
-        return parse_size(self.host_limit) if self.host_limit else available_memory_bytes() // 2
+        try:
+            return parse_size(self.host_limit) if self.host_limit else available_memory_bytes() // 2
+        except InvalidOption as error:
+            raise InvalidOption(f"NBCache.host_limit (NBCACHE_HOST_LIMIT): {error}") from error
 
 
 def _float_from_environment(name: str, otherwise: float) -> float:
@@ -132,7 +134,7 @@ class RuntimePaths:
         return self.state / "daemon.log"
 
     def create(self) -> None:
-        """Make the directories, private to the user. DaemonUnavailable if that cannot be, or if another user owns one."""
+        """Make the directories, private to the user. DaemonUnavailable if that cannot be, or if others may write to one."""
         for directory in dict.fromkeys((self.runtime, self.state)):
             try:
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -147,9 +149,10 @@ class RuntimePaths:
                     f"{directory} belongs to user {found.st_uid}, not to you ({os.getuid()}); set NBCACHE_RUNTIME_DIR to a "
                     "directory of your own"
                 )
-        with contextlib.suppress(FileNotFoundError):  # it can vanish at once
-            if stat.S_IMODE(self.runtime.stat().st_mode) & 0o077:
-                self.runtime.chmod(0o700)
+            if stat.S_IMODE(found.st_mode) & 0o022:
+                raise DaemonUnavailable(
+                    f"others may write to {directory}; chmod 700 it, or set NBCACHE_RUNTIME_DIR to a directory of your own"
+                )
 
 
 class SocketAddress:

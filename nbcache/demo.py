@@ -250,12 +250,12 @@ class Story:
 
 REMARKS = {
     "cpu": (
-        "On a CPU, load_file is itself a lazy memory map and costs about as much as a hit: this machine shows that the bytes "
-        "survive the kernel and that a hit takes about a millisecond, not what a GPU gains."
+        "On a CPU, load_file is itself a lazy memory map: this machine shows that the bytes survive the kernel and what a hit "
+        "costs, not what a GPU gains."
     ),
     "cuda": (
-        "device=cuda copies from the shared host copy today, so a hit costs about what load_file costs while the page cache "
-        "is hot; copies that stay on the GPU while the kernel restarts are not built yet."
+        "On a GPU the daemon holds the weights where the kernel maps them, if the CUDA bindings and CuPy are installed; "
+        "load_file reads the file, from the page cache while it is hot, and copies."
     ),
 }
 

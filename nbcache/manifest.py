@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -17,6 +17,7 @@ from nbcache.layout import ALIGNMENT, LAYOUT_VERSION, plan_layout
 
 MAX_MANIFEST_BYTES = 256 << 20
 MAX_EXTENT_BYTES = 1 << 46
+LIMIT = 1 << 64
 
 DTYPE_BITS: Mapping[str, int] = {
     "F4": 4, "BOOL": 8, "U8": 8, "I8": 8,
@@ -121,18 +122,20 @@ class Manifest(msgspec.Struct, frozen=True):
                 raise ProtocolError(f"manifest: {tensor.name!r} leaves its file of {size} bytes")
 
 
-def nbytes_of(dtype: str, shape: Iterable[int]) -> int | None:
+def nbytes_of(dtype: str, shape: Sequence[int]) -> int | None:
     """Bytes of a tensor; None if the dtype does not exist, a dimension is negative, or F4 elements do not fill whole bytes."""
     bits = DTYPE_BITS.get(dtype)
     if bits is None:
         return None
+    elements = 1
     for dimension in shape:
-        if dimension < 0 or dimension >= 1 << 64:
+        if not 0 <= dimension < LIMIT:
             return None
-        bits *= dimension
-        if bits >= 1 << 64:
+        elements *= dimension
+        if elements >= LIMIT:  # as in safetensors, whose sizes have 64 bits
             return None
-    return bits // 8 if bits % 8 == 0 else None
+    bits *= elements
+    return bits // 8 if bits < LIMIT and bits % 8 == 0 else None
 
 
 def place_tensors(tensors: Sequence[Extent], members: Sequence[Member], metadata: dict[str, str]) -> Manifest:

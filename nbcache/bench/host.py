@@ -190,19 +190,23 @@ def _read_plainly(path: Path, threads: int) -> None:
 
 
 def render_attach(results: list[Attach]) -> str:
-    """The attach table."""
-    lines = [f"{'what':24}{'tensors':>8}{'first':>10}{'median':>10}{'/tensor':>10}{'load_file':>11}{'ratio':>7}"]
+    """The attach table: first loads of a process, and later ones, beside stock's."""
+    lines = [f"{'':24}{'':8}{'first load of a process':>27}{'later loads':>31}"]
+    lines += [f"{'what':24}{'tensors':>8}{'ours':>10}{'load_file':>11}{'':6}{'ours':>10}{'/tensor':>10}{'load_file':>11}{'':6}"]
     for r in results:
-        stock = format_duration(r.stock_median_s) if r.stock_median_s == r.stock_median_s else "-"
-        ratio = f"{r.stock_median_s / r.median_s:.1f}x" if r.stock_median_s == r.stock_median_s else "-"
+        first, later = _beside(r.first_s, r.stock_first_s), _beside(r.median_s, r.stock_median_s)
         lines.append(
-            f"{Path(r.what).name:24}{r.tensors:>8}{format_duration(r.first_s):>10}{format_duration(r.median_s):>10}"
-            f"{r.per_tensor_s * 1e6:>7.1f} us{stock:>11}{ratio:>7}"
+            f"{Path(r.what).name:24}{r.tensors:>8}{format_duration(r.first_s):>10}{first}"
+            f"{format_duration(r.median_s):>10}{r.per_tensor_s * 1e6:>7.1f} us{later}".rstrip()
         )
     lines.append(
         f"{results[0].processes} fresh processes, {results[0].loads} loads each, in turns with load_file; medians; hot"
     )
     return "\n".join(lines)
+
+
+def _beside(ours_s: float, stock_s: float) -> str:
+    return f"{format_duration(stock_s):>11}{stock_s / ours_s:>5.1f}x" if stock_s == stock_s else f"{'-':>11}{'':6}"
 
 
 def render_stage(result: Stage) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import msgspec
 from nbcache.checkpoints import safetensors
 from nbcache.errors import (
     CheckpointChanged,
+    CheckpointError,
     CheckpointIncomplete,
     CheckpointInvalid,
     CheckpointNotFound,
@@ -72,9 +73,24 @@ def resolve(name: str) -> Checkpoint:
     UnsupportedFormat (another kind of file; a folder without weights, or with several kinds to choose from).
     """
     path = os.path.abspath(os.path.expanduser(name))
-    if os.path.isdir(path):
-        return _resolve_file(path, _choose_in(path))
-    return _resolve_file(path, path)
+    return _resolve_file(path, locate(path))
+
+
+def locate(path: str) -> str:
+    """The file that a path names: itself, or what a folder is loaded by. Opens no file. Raises as :func:`resolve`."""
+    return _choose_in(path) if os.path.isdir(path) else path
+
+
+def is_unchanged(path: str, members: Sequence[Member]) -> bool:
+    """Whether a path still leads to these files, by a stat of each: those it would be resolved to now, links followed."""
+    try:
+        first = locate(path)
+        recorded = os.path.dirname(members[0].path)
+        folder = os.path.dirname(first)
+        now = [first, *(os.path.join(folder, os.path.relpath(member.path, recorded)) for member in members[1:])]
+        return all(Fingerprint.of(os.stat(p)) == member.fingerprint for p, member in zip(now, members, strict=True))
+    except (OSError, CheckpointError, UnsupportedFormat):
+        return False
 
 
 def _resolve_file(name: str, path: str) -> Checkpoint:
@@ -89,6 +105,8 @@ def _resolve_file(name: str, path: str) -> Checkpoint:
 def _resolve_index(name: str, path: str) -> Checkpoint:
     index_member = _member(path)
     weight_map = _read_index(path)
+    if not weight_map:
+        raise CheckpointInvalid(f"{path}: an index that names no tensor")
     folder = os.path.dirname(path)
     members = [index_member]
     for shard in sorted(set(weight_map.values())):
@@ -174,7 +192,7 @@ def describe(checkpoint: Checkpoint) -> Description:
                 continue  # the index itself
             header = safetensors.read_header(fd, member.path, member.fingerprint.size_bytes)
             metadata |= header.metadata
-            tensors += [safetensors.extent(tensor, number) for tensor in header.tensors]
+            tensors += [safetensors.extent(tensor, number, member.path) for tensor in header.tensors]
         if checkpoint.index is not None:
             _check_index(checkpoint, checkpoint.index, tensors)
         return Description(place_tensors(tensors, checkpoint.members, metadata), files, stack.pop_all())

@@ -49,8 +49,12 @@ class Header:
     metadata: dict[str, str]
 
 
-def extent(tensor: Tensor, file: int) -> Extent:
-    """The tensor as a manifest's extent in this member file, not placed yet."""
+def extent(tensor: Tensor, file: int, path: str) -> Extent:
+    """The tensor as a manifest's extent in this member file, not placed yet. UnsupportedFormat if torch could not hold it."""
+    if tensor.dtype == "F4" and tensor.shape[-1] % 2:
+        raise UnsupportedFormat(
+            f"{path}: tensor {tensor.name!r}: F4{list(tensor.shape)}, but torch holds F4 in pairs along the last dimension"
+        )
     return Extent(tensor.name, tensor.dtype, tensor.shape, file, tensor.offset, tensor.nbytes, 0)
 
 
@@ -110,7 +114,9 @@ def _tensor(name: str, raw: msgspec.Raw, path: str, body_offset: int) -> Tensor:
     start, end = entry.data_offsets
     expected = nbytes_of(entry.dtype, entry.shape)
     if expected is None:
-        raise CheckpointInvalid(f"{path}: tensor {name!r}: {entry.dtype}{list(entry.shape)} does not fill whole bytes")
+        raise CheckpointInvalid(
+            f"{path}: tensor {name!r}: {entry.dtype}{list(entry.shape)} is too large, or does not fill whole bytes"
+        )
     if end < start or end - start != expected:
         raise CheckpointInvalid(
             f"{path}: tensor {name!r}: {entry.dtype}{list(entry.shape)} takes {expected} bytes, but its offsets are {start} "

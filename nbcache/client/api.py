@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from nbcache.client.fill import Grant, Wish, acquire, put_bytes, spellings
 from nbcache.client.options import Options, Share
 from nbcache.client.session import ProgressCallback, Session, expect
 from nbcache.client.weights import Weights
-from nbcache.errors import EntryNotFound
+from nbcache.errors import EntryNotFound, UnsupportedFormat
 from nbcache.manifest import MAX_MANIFEST_BYTES
 from nbcache.memory import driver
 from nbcache.memory.shared import read_sealed
@@ -35,7 +36,7 @@ prepare()
 
 
 def load(
-    name: str,
+    name: str | os.PathLike[str],
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     share: Share = "cow",
@@ -76,6 +77,8 @@ def put(name: str, value: object, metadata: Mapping[str, str] | None = None) -> 
     from nbcache.client import tensors as edge
     from nbcache.client.loading import over_host
 
+    if not all(isinstance(text, str) for pair in (metadata or {}).items() for text in pair):
+        raise UnsupportedFormat("metadata: strings to strings only, as in a safetensors header")
     tensors = edge.flatten(value)
     manifest = edge.plan_put(tensors, metadata or {})
     grant = put_bytes(name, manifest, lambda area: edge.write_tensors(tensors, manifest, area))
@@ -96,7 +99,7 @@ def status() -> m.Status:
             close_all(descriptors)
 
 
-def evict(name: str) -> m.Evicted:
+def evict(name: str | os.PathLike[str]) -> m.Evicted:
     """Drop an entry that nobody uses. EntryNotFound; EntryInUse, with who uses it; DaemonUnavailable."""
     return _evict(m.Evict(spellings(name)))
 
@@ -111,23 +114,23 @@ def _evict(message: m.Evict) -> m.Evicted:
         return expect(session.request(message), m.Evicted)[0]
 
 
-def free_gpu(name: str = "") -> m.Evicted:
+def free_gpu(name: str | os.PathLike[str] = "") -> m.Evicted:
     """Drop the slabs that nobody uses, all or one entry's; host copies stay. EntryNotFound, DaemonUnavailable."""
     with Session.open(start=False) as session:
         return expect(session.request(m.FreeGpu(spellings(name) if name else ())), m.Evicted)[0]
 
 
-def pin(name: str) -> None:
+def pin(name: str | os.PathLike[str]) -> None:
     """Keep an entry however full the tier gets. EntryNotFound, DaemonUnavailable."""
     _pin(name, True)
 
 
-def unpin(name: str) -> None:
+def unpin(name: str | os.PathLike[str]) -> None:
     """Let policy evict an entry again. EntryNotFound, DaemonUnavailable."""
     _pin(name, False)
 
 
-def _pin(name: str, pinned: bool) -> None:
+def _pin(name: str | os.PathLike[str], pinned: bool) -> None:
     with Session.open(start=False) as session:
         expect(session.request(m.Pin(spellings(name), pinned)), m.Done)
 

@@ -11,11 +11,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nbcache.checkpoints.catalog import Checkpoint, describe, resolve
+from nbcache.checkpoints.catalog import Checkpoint, describe, is_unchanged, resolve
 from nbcache.client.notices import SourceGone, notify
 from nbcache.client.session import ProgressCallback, Session, expect
 from nbcache.errors import CheckpointNotFound, DaemonLost, EntryNotFound, InvalidName, ProtocolError
-from nbcache.manifest import MAX_MANIFEST_BYTES, Fingerprint, Manifest, decode_manifest, encode_manifest
+from nbcache.manifest import MAX_MANIFEST_BYTES, Manifest, decode_manifest, encode_manifest
 from nbcache.memory.shared import SharedBlock, read_sealed, seal_bytes
 from nbcache.protocol import messages as m
 from nbcache.protocol.wire import close_all
@@ -76,7 +76,7 @@ class Wish:
 
 
 def acquire(
-    name: str,
+    name: str | os.PathLike[str],
     wish: Wish = Wish(),
     on_progress: ProgressCallback | None = None,
     start: bool = True,
@@ -93,7 +93,7 @@ def acquire(
         if _is_fresh(found, path):
             return found
         found.close()
-    return _acquire_files(name, path, wish, start, on_progress)
+    return _acquire_files(str(name), path, wish, start, on_progress)
 
 
 def reacquire(key: str, wish: Wish, on_progress: ProgressCallback | None = None) -> Grant | Offer:
@@ -104,14 +104,17 @@ def reacquire(key: str, wish: Wish, on_progress: ProgressCallback | None = None)
     return found
 
 
-def spellings(name: str) -> tuple[str, ...]:
+def spellings(name: str | os.PathLike[str]) -> tuple[str, ...]:
     """What ``name`` may mean to the daemon, in order: itself, unless it is a path; the path. InvalidName if neither can be."""
-    _check_speakable(name)
-    path = os.path.abspath(os.path.expanduser(name))
-    return (path,) if "/" in name else (name, path)
+    text = os.fspath(name) if isinstance(name, os.PathLike) else name
+    _check_speakable(text)
+    path = os.path.abspath(os.path.expanduser(text))
+    return (path,) if "/" in text or text is not name else (text, path)
 
 
-def _check_speakable(name: str) -> None:
+def _check_speakable(name: object) -> None:
+    if not isinstance(name, str):
+        raise InvalidName(f"{name!r} cannot be a name: it is a {type(name).__name__}, not a string or a path")
     try:
         name.encode()
     except UnicodeEncodeError as error:
@@ -159,19 +162,16 @@ def read_answer(session: Session, answer: tuple[m.DaemonMessage, list[int]]) -> 
 
 
 def _is_fresh(found: Grant | Offer, path: str) -> bool:
-    """Whether a found entry is still what its name means: every file is, by its stat, the one that was read.
+    """Whether a found entry is still what its name means: what the path leads to now is, by its stats, what was read.
 
-    If a file is gone and the name leads nowhere else, the entry serves on, with a warning.
+    If the path leads nowhere any more, the entry serves on, with a warning.
     """
-    for member in found.manifest.members:
-        try:
-            if Fingerprint.of(os.stat(member.path)) != member.fingerprint:
-                return False
-        except OSError:
-            if os.path.exists(path):
-                return False
-            notify(SourceGone, f"{member.path} is gone; serving the cached copy")
-            return True
+    members = found.manifest.members
+    if not members or is_unchanged(path, members):
+        return True
+    if os.path.lexists(path):
+        return False
+    notify(SourceGone, f"{path} is gone; serving the cached copy")
     return True
 
 

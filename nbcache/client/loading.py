@@ -21,7 +21,7 @@ Acquire = Callable[[Wish], Grant | Offer]
 """Finds or stages the entry of a load, as wished."""
 
 
-def load_name(name: str, options: Options, on_progress: ProgressCallback | None) -> Loaded:
+def load_name(name: str | os.PathLike[str], options: Options, on_progress: ProgressCallback | None) -> Loaded:
     """Load by name or path. Raises what :func:`nbcache.load` documents."""
     return _load(lambda wish: acquire(name, wish, on_progress), options, on_progress)
 

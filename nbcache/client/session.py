@@ -231,7 +231,7 @@ def _lock_until(fd: int, deadline: float, path: Path) -> None:
 def _spawn(paths: RuntimePaths, config: NBCache, deadline: float) -> None:
     read_fd, write_fd = os.pipe()
     try:
-        with paths.log.open("ab") as log:
+        with open(paths.log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as log:
             starter = subprocess.Popen(
                 [sys.executable, "-P", "-m", "nbcache.daemon", str(write_fd)],
                 stdin=subprocess.DEVNULL,

@@ -114,10 +114,10 @@ def current_ordinal() -> int:
 
 def resolve_dtype(dtype: object) -> torch.dtype | None:
     """The dtype that was asked for, by object or name (``"bfloat16"``, ``"torch.bfloat16"``, ``"BF16"``); None if none was."""
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
+    if dtype is None:
+        return None
     name = str(dtype).removeprefix("torch.")
-    found = TORCH_DTYPES.get(name) or getattr(torch, name, None)
+    found = dtype if isinstance(dtype, torch.dtype) else TORCH_DTYPES.get(name) or getattr(torch, name, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise InvalidOption(f"dtype {dtype!r}: not a floating-point dtype of torch, such as 'bfloat16'")
     return found
@@ -164,6 +164,8 @@ def flatten(value: object, name: str = "") -> dict[str, torch.Tensor]:
 
 
 def _plain(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    if torch.nn.parameter.is_lazy(tensor):
+        raise UnsupportedFormat(f"tensor {name!r} is not initialized yet; run the module once, then keep it")
     if tensor.layout is not torch.strided or tensor.is_meta or tensor.dtype not in _MANIFEST_DTYPES:
         what = "no data (meta device)" if tensor.is_meta else f"layout {tensor.layout} and dtype {tensor.dtype}"
         raise UnsupportedFormat(f"tensor {name!r} has {what}; only plain tensors can be kept")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
@@ -20,7 +21,8 @@ class Weights(Mapping[str, "torch.Tensor"]):
 
     The tensors of a ``cow`` load share memory with the cache; writing to one changes it for this process alone. The lease on
     the entry ends when the last of them and this object are gone. Pickles by reference: in another process of this user it
-    attaches to the same bytes again (EntryNotFound if they are gone by then).
+    attaches to the same bytes again (EntryNotFound if they are gone by then), so ``torch.save`` of it saves no weights; save
+    ``dict(weights)``.
 
     Attributes
     ----------
@@ -100,6 +102,14 @@ class Weights(Mapping[str, "torch.Tensor"]):
 
     def __hash__(self) -> int:
         return id(self)
+
+    def __copy__(self) -> dict[str, torch.Tensor]:
+        """A dict of the same tensors."""
+        return dict(self._live())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, torch.Tensor]:
+        """A dict of copies, private to this process."""
+        return {name: copy.deepcopy(tensor, memo) for name, tensor in self._live().items()}
 
     def __reduce__(self) -> tuple[object, ...]:
         self._live()

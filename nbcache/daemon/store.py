@@ -32,6 +32,9 @@ __all__ = [
 ]  # fmt: skip
 
 
+RAISE_LIMIT = "raise NBCache.host_limit (NBCACHE_HOST_LIMIT=..., then `nbcache restart`, which drops what was saved)"
+
+
 class Store:
     """All entries. ``limit_bytes`` is asked whenever room is needed; ``clock`` gives monotonic seconds.
 
@@ -78,6 +81,7 @@ class Store:
     def named(self, names: Sequence[str]) -> Entry:
         """The entry of the first of these names, or keys, that is one; EntryNotFound, with the names there are, if none is."""
         entry = self.find(names) or next((self.entries[name] for name in names if name in self.entries), None)
+        entry = entry or next((e for e in self.entries.values() if not set(names).isdisjoint(e.names)), None)  # being filled
         if entry is None:
             known = ", ".join(sorted(self._names)) or "nothing"
             raise EntryNotFound(f"{names[0] if names else ''}: not cached; cached: {known}")
@@ -216,14 +220,14 @@ class Store:
         free = max(0, limit - self.used_bytes)
         message = f"host tier full: {name} needs {format_size(need_bytes)}, {format_size(free)} free of {format_size(limit)}"
         if need_bytes > limit:
-            return f"{message}; raise NBCache.host_limit"
+            return f"{message}; {RAISE_LIMIT}"
         going = {id(residence) for _, residence in self._evictable()}
         ways = [
             self._why_kept(entry, residence)
             for entry, residence in self._residences()
             if residence.place.on_host and id(residence) not in going
         ]
-        return f"{message}; in the way: {', '.join(ways)}; evict or release one of them, or raise NBCache.host_limit"
+        return f"{message}; in the way: {', '.join(ways)}; evict or release one of them, or {RAISE_LIMIT}"
 
     def _why_kept(self, entry: Entry, residence: Residence) -> str:
         if residence.state is State.FILLING:
@@ -269,7 +273,7 @@ class Store:
         """The entry, if a person may evict it by name; EntryNotFound or EntryInUse, with who uses it, if not (I4)."""
         entry = self.named(names)
         if entry.pinned:
-            raise EntryInUse(f"{entry.name} is pinned; unpin it first (%weights unpin {entry.name})")
+            raise EntryInUse(f"{entry.name} is pinned; unpin it first (%weights unpin, nbcache unpin)")
         for residence in entry.residences.values():
             if not residence.idle:
                 raise EntryInUse(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import keyword
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from IPython.core.magic_arguments import argument, magic_arguments, parse_argstr
 from nbcache.client import api
 from nbcache.client.options import SHARE_MODES
 from nbcache.client.weights import Weights
+from nbcache.config import NBCache
 from nbcache.errors import NBCacheError
 from nbcache.jupyter.display import StatusView, idle_slab_bytes, summary
 from nbcache.units import format_size
@@ -41,7 +43,12 @@ def _one_line_errors(magic: Callable[..., R]) -> Callable[..., R]:
 
 @magics_class
 class NBCacheMagics(Magics):
-    """The magics of one shell."""
+    """The magics of one shell, and its settings: ``%config NBCache`` shows and sets them for what this kernel starts."""
+
+    def __init__(self, shell: InteractiveShell) -> None:
+        super().__init__(shell)
+        self.settings = NBCache(parent=shell)
+        self.settings.observe(_export, self.settings.trait_names(config=True))
 
     @_one_line_errors
     @magic_arguments()
@@ -83,7 +90,7 @@ class NBCacheMagics(Magics):
             %save_weights embeddings embeddings
             %save_weights probe {"w": probe.weight, "b": probe.bias}
         """
-        name, _, expression = line.strip().partition(" ")
+        name, expression = _first_word(line.strip())
         if not expression.strip():
             raise UsageError("%save_weights NAME EXPR: a name, and what to keep under it")
         start = time.perf_counter()
@@ -146,6 +153,18 @@ class NBCacheMagics(Magics):
         return self.shell
 
 
+def _export(change: Any) -> None:  # noqa: ANN401 - traitlets gives a bunch
+    """A setting travels to the daemon, and to later sessions of this kernel, as its environment variable."""
+    os.environ[f"NBCACHE_{change.name.upper()}"] = str(change.new)
+
+
+def _first_word(line: str) -> tuple[str, str]:
+    """The first word of a line, which quotes may hold together, and the rest."""
+    quoted = line[:1] in ("'", '"') and line[0] in line[1:]
+    end = line.index(line[0], 1) + 1 if quoted else len(line.partition(" ")[0])
+    return line[:end], line[end:]
+
+
 def _unquoted(text: str) -> str:
     """IPython splits a line at blanks and leaves the quotes that protect some of them."""
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
@@ -155,6 +174,8 @@ def register(shell: InteractiveShell) -> None:
     """Add the magics to a shell."""
     magics = NBCacheMagics(shell)
     shell.register_magics(magics)
+    configurables: list[Any] = shell.configurables
+    configurables.append(magics.settings)
     shell.events.register("post_run_cell", magics.after_cell)
 
 
@@ -166,6 +187,7 @@ def unregister(shell: InteractiveShell) -> None:
         return
     shell.events.unregister("post_run_cell", registered.after_cell)
     shell.configurables.remove(registered)
+    shell.configurables.remove(registered.settings)
     for magics in manager.magics.values():
         for name in [name for name, magic in magics.items() if getattr(magic, "__self__", None) is registered]:
             del magics[name]

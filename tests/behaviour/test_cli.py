@@ -215,7 +215,7 @@ ERRORS = {
     "too many names": (("load", "a", "b"), 2, "b"),
     "evict what": (("evict",), 2, "name an entry, or give --all"),
     "evict both": (("evict", "x", "--all"), 2, "name an entry, or give --all"),
-    "limit": (("serve", "--host-limit", "lots"), 1, "'lots' is not a size"),
+    "limit": (("serve", "--host-limit", "lots"), 2, "'lots' is not a size"),
 }
 
 

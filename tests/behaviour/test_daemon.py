@@ -148,10 +148,11 @@ def test_what_it_leaves_on_disk_is_private(runtime_dir):
     assert modes["daemon.lock"] == 0o600
 
 
-def test_open_directory_is_made_private(runtime_dir):
+def test_a_directory_that_was_there_keeps_its_mode_and_the_socket_is_private(runtime_dir):
     runtime_dir.mkdir(mode=0o755)
     start_daemon()
-    assert stat.S_IMODE(runtime_dir.stat().st_mode) == 0o700
+    assert stat.S_IMODE(runtime_dir.stat().st_mode) == 0o755
+    assert stat.S_IMODE((runtime_dir / "daemon.sock").stat().st_mode) == 0o600
 
 
 def test_long_runtime_path(checkpoint, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import gc
 import json
@@ -782,7 +783,7 @@ def test_saved_pinned_and_used_entries_do_not_give_way(three_fit):
     assert re.search(r"saved \(2\.1 MB, saved with put, idle ", message)
     assert f"{a} (2.1 MB, used by process {os.getpid()})" in message
     assert f"{b} (2.1 MB, pinned)" in message
-    assert message.endswith("evict or release one of them, or raise NBCache.host_limit")
+    assert "evict or release one of them, or raise NBCache.host_limit (NBCACHE_HOST_LIMIT=" in message
     assert [entry.key for entry in nbcache.status().entries] == [entry.key for entry in before]
     with pytest.raises(errors.HostMemoryFull, match="host tier full: more needs"):
         nbcache.put("more", torch.ones(1))
@@ -942,3 +943,75 @@ answer"""
 def test_names_that_cannot_be(runtime_dir, name):
     with pytest.raises(errors.InvalidName):
         load(name)
+
+
+# Names that come to lead elsewhere
+
+
+def test_a_link_that_is_turned_to_another_file_is_another_generation(runtime_dir, tmp_path):
+    first = write_checkpoint(tmp_path / "a.safetensors", seed=1)
+    second = write_checkpoint(tmp_path / "b.safetensors", seed=2)
+    link = tmp_path / "latest.safetensors"
+    link.symlink_to(first)
+    assert_same(load(first), load_file(first))
+    assert_same(load(link), load_file(first))
+    link.unlink()
+    link.symlink_to(second)
+    assert_same(load(link), load_file(second))
+    assert_same(load(first), load_file(first))
+
+
+def test_a_folder_link_that_is_turned_is_another_generation(runtime_dir, tmp_path):
+    folders = [tmp_path / "v1", tmp_path / "v2"]
+    for seed, folder in enumerate(folders):
+        folder.mkdir()
+        write_checkpoint(folder / "model.safetensors", seed=seed)
+    link = tmp_path / "current"
+    for folder in folders:
+        load(folder)
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder)
+        assert_same(load(link), load_file(folder / "model.safetensors"))
+
+
+def test_a_folder_that_gains_a_preferred_file_is_loaded_by_it(runtime_dir, tmp_path):
+    write_checkpoint(tmp_path / "other.safetensors", seed=1)
+    load(tmp_path)
+    preferred = write_checkpoint(tmp_path / "model.safetensors", seed=2)
+    assert_same(load(tmp_path), load_file(preferred))
+
+
+def test_four_bit_elements_that_do_not_pair_up_are_refused(runtime_dir, tmp_path):
+    path = raw_checkpoint(tmp_path / "m.safetensors", {"x": {"dtype": "F4", "shape": [2, 1], "data_offsets": [0, 1]}}, b"1")
+    with pytest.raises(errors.UnsupportedFormat, match="pairs along the last dimension"):
+        load(path)
+
+
+def test_names_may_be_paths_and_must_be_names(checkpoint):
+    assert_same(nbcache.load(checkpoint, device="cpu"), load_file(checkpoint))
+    nbcache.pin(checkpoint)
+    nbcache.unpin(checkpoint)
+    assert nbcache.evict(checkpoint).names == (str(checkpoint),)
+    for nothing in (None, 7, b"x"):
+        with pytest.raises(errors.InvalidName, match="cannot be a name"):
+            nbcache.load(nothing)
+
+
+def test_a_copy_has_the_tensors_as_they_are_now(checkpoint):
+    weights = load(checkpoint)
+    weights["layer.0"].fill_(3)
+    assert copy.copy(weights)["layer.0"] is weights["layer.0"]
+    deep = copy.deepcopy(weights)
+    weights["layer.0"].fill_(4)
+    assert deep["layer.0"].unique().tolist() == [3]
+    assert list(deep) == list(weights)
+
+
+def test_an_integer_dtype_is_no_cast(checkpoint):
+    with pytest.raises(errors.InvalidOption, match="not a floating-point dtype"):
+        load(checkpoint, dtype=torch.int8)
+
+
+def test_metadata_that_is_not_text_is_refused(runtime_dir):
+    with pytest.raises(errors.UnsupportedFormat, match="strings to strings"):
+        nbcache.put("x", torch.ones(1), metadata={"a": 1})

@@ -157,7 +157,7 @@ def test_unload_leaves_nothing_behind(checkpoint):
         assert kernel.run(left) == "([], [], 0)"
         kernel.run("%load_ext nbcache")
         loaded = kernel.run(left)
-        assert loaded == "(['load_weights', 'save_weights', 'weights'], ['NBCacheMagics'], 1)"
+        assert loaded == "(['load_weights', 'save_weights', 'weights'], ['NBCacheMagics'], 2)"
         kernel.run("%unload_ext nbcache")
         assert kernel.run(left) == "([], [], 0)"
         assert_usage_error(kernel.try_run(f"%load_weights {checkpoint}"), "`%load_weights` not found")

@@ -205,10 +205,19 @@ def test_directories_are_made_private_to_the_user(tmp_path):
     assert paths.state.is_dir()
 
 
-def test_a_runtime_directory_that_others_may_enter_is_closed_to_them(tmp_path):
+def test_a_directory_that_was_there_keeps_its_mode(tmp_path):
     tmp_path.chmod(0o755)
     RuntimePaths(tmp_path, tmp_path).create()
-    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o700
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize("mode", [0o720, 0o702, 0o1777])
+def test_a_directory_that_others_may_write_to_is_refused(tmp_path, mode):
+    """They could put a socket of their own in the daemon's place."""
+    tmp_path.chmod(mode)
+    with pytest.raises(DaemonUnavailable, match="others may write to"):
+        RuntimePaths(tmp_path, tmp_path).create()
+    tmp_path.chmod(0o700)
 
 
 def test_a_directory_of_another_user_is_refused(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from nbcache.daemon.store import (
     PINNED,
+    RAISE_LIMIT,
     SHARED,
     TRANSITIONS,
     Entry,
@@ -793,7 +794,7 @@ def test_a_tier_too_small_for_the_entry_blames_nobody(shelf):
     shelf.put_in("put", GB, "put", "kept")
     with pytest.raises(HostMemoryFull) as caught:
         shelf.fill("new", 11 * GB)
-    assert str(caught.value) == "host tier full: /new needs 11.0 GB, 9.0 GB free of 10.0 GB; raise NBCache.host_limit"
+    assert str(caught.value) == "host tier full: /new needs 11.0 GB, 9.0 GB free of 10.0 GB; " + RAISE_LIMIT
 
 
 # Anything at all
