@@ -112,6 +112,7 @@ def test_what_does_not_exist_is_noticed(runtime_dir, tmp_path, block):
 def test_commands_and_magics_in_the_text_exist():
     text = re.sub(r"^```.*?^```$", "", README.read_text(), flags=re.MULTILINE | re.DOTALL)
     commands = {command.name or command.callback.__name__ for command in app.registered_commands}
+    commands |= {group.name for group in app.registered_groups}
     named = set(re.findall(r"`nbcache (\w+)", text))
     assert named
     assert named <= commands

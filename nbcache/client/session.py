@@ -22,7 +22,7 @@ from select import select
 from typing import TypeVar
 
 from nbcache import __version__
-from nbcache.config import NBCache, RuntimePaths, SocketAddress
+from nbcache.config import NBCache, RuntimePaths, SocketAddress, reply_timeout_s
 from nbcache.errors import (
     DaemonLost,
     DaemonUnavailable,
@@ -71,9 +71,8 @@ class Session:
         """
         if not sys.platform.startswith("linux"):
             raise UnsupportedPlatform(f"nbcache needs Linux (memfd, pidfd, descriptor passing), this is {sys.platform}")
-        paths, config = RuntimePaths.of_user(), NBCache()
-        timeout_s = config.reply_timeout_s
-        sock = _connect(paths) or (_start(paths, config) if start else None)
+        paths, timeout_s = RuntimePaths.of_user(), reply_timeout_s()
+        sock = _connect(paths) or (_start(paths, NBCache()) if start else None)
         if sock is None:
             raise DaemonUnavailable(f"no daemon runs ({paths.socket}); the first load starts one")
         session = cls(Channel(sock, daemon_messages), timeout_s)
