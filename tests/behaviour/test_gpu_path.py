@@ -5,6 +5,7 @@ What torch does on a real GPU (copy-on-write, streams) is tested in tests/gpu.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -257,7 +258,12 @@ def _running() -> bool:
 
 
 def _waits(pid: int) -> bool:
-    return any("socket" in os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd"))
+    """Whether a process has a socket open: its connection, for it has no other."""
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed since the listing
+            if "socket" in os.readlink(f"/proc/{pid}/fd/{fd}"):
+                return True
+    return False
 
 
 def test_eight_kernels_fill_one_slab(emulated, path, runtime_dir):
