@@ -124,21 +124,18 @@ def _check_speakable(name: object) -> None:
 
 
 def _ask(find: m.Find, start: bool, on_progress: ProgressCallback | None) -> Grant | Offer | None:
-    try:
-        return _ask_once(find, start, on_progress)
-    except DaemonLost:  # it was just dying as we connected; the next one is another
-        if not start:
+    for last in (False, True):
+        session = Session.open(start)
+        try:
+            return read_answer(session, session.request(find, on_progress=on_progress))
+        except DaemonLost:
+            session.close()
+            if last or not start or session.daemon_pid:  # without a greeting it was dying as we connected: the next is another
+                raise
+        except BaseException:
+            session.close()
             raise
-        return _ask_once(find, start, on_progress)
-
-
-def _ask_once(find: m.Find, start: bool, on_progress: ProgressCallback | None) -> Grant | Offer | None:
-    session = Session.open(start)
-    try:
-        return read_answer(session, session.request(find, on_progress=on_progress))
-    except BaseException:
-        session.close()
-        raise
+    raise AssertionError("unreachable")
 
 
 def read_answer(session: Session, answer: tuple[m.DaemonMessage, list[int]]) -> Grant | Offer | None:

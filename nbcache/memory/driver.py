@@ -77,9 +77,6 @@ class Driver(Protocol):
     def map_slab(self, fd: int, size_bytes: int, gpu: Gpu, access: Access) -> Mapped:
         """Map a slab for its GPU."""
 
-    def protect(self, mapped: Mapped, gpu: Gpu) -> None:
-        """Narrow a map of a slab to READ. Synchronise first: queued writes would fault."""
-
     def copy(self, target: int, source: int, size_bytes: int, stream: int) -> None:
         """Queue a copy between mapped addresses on a stream of the current context."""
 
@@ -267,10 +264,6 @@ class CudaDriver:
         read, write = flags.CU_MEM_ACCESS_FLAGS_PROT_READ, flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
         wanted.flags = write if access is Access.WRITE else read
         return wanted
-
-    def protect(self, mapped: Mapped, gpu: Gpu) -> None:
-        """See :class:`Driver`."""
-        self._call("cuMemSetAccess", mapped.address, mapped.size_bytes, [self._access("DEVICE", gpu.ordinal, Access.READ)], 1)
 
     def copy(self, target: int, source: int, size_bytes: int, stream: int) -> None:
         """See :class:`Driver`."""

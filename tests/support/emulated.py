@@ -20,7 +20,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class EmulatedMap:
@@ -161,10 +160,6 @@ class EmulatedDriver:
         if "import" in self.failures:
             raise DriverError("emulated: import refused")
         return EmulatedMap(fd, size_bytes, access)
-
-    def protect(self, mapped: Mapped, gpu: Gpu) -> None:
-        if _libc.mprotect(mapped.address, mapped.size_bytes, mmap.PROT_READ):
-            raise DriverError(f"emulated: {os.strerror(ctypes.get_errno())}")
 
     def copy(self, target: int, source: int, size_bytes: int, stream: int) -> None:
         self._copies += 1

@@ -85,16 +85,6 @@ def test_a_map_outlives_the_descriptor(bench, stack):
     assert bench.read(mapped, 5) == b"alive"
 
 
-def test_protecting_a_map_leaves_its_bytes(bench, stack):
-    source = bench.driver.map_block_on(block(bench, stack, b"kept"), SIZE, bench.gpu)
-    stack.callback(source.close)
-    _, target = slab(bench, stack)
-    bench.driver.copy(target.address, source.address, SIZE, bench.stream)
-    bench.synchronize()
-    bench.driver.protect(target, bench.gpu)
-    assert bench.read(target, 4) == b"kept"
-
-
 def test_descriptors_are_close_on_exec(bench, stack):
     fd, _ = slab(bench, stack)
     assert not os.get_inheritable(fd)
