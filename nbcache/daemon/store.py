@@ -1,8 +1,7 @@
 """The daemon's policy: entries, names, leases, and what gives way to what.
 
 Pure: no sockets, no memory, no clock of its own. It decides; the holdings act. A decision that frees something is a list of
-residences, and the holdings free what the list names. What an entry, a residence and a state are stands in ``entries``; those
-names can be had from here too.
+residences, and the holdings free what the list names. What an entry, a residence and a state are stands in ``entries``.
 """
 
 from __future__ import annotations
@@ -11,9 +10,6 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 from nbcache.daemon.entries import (
-    PINNED,
-    SHARED,
-    TRANSITIONS,
     Entry,
     Event,
     IllegalTransition,
@@ -25,12 +21,6 @@ from nbcache.daemon.entries import (
 )
 from nbcache.errors import DeviceMemoryFull, EntryInUse, EntryNotFound, HostMemoryFull
 from nbcache.units import format_duration, format_size
-
-__all__ = [
-    "PINNED", "SHARED", "TRANSITIONS", "Entry", "Event", "IllegalTransition", "Kind", "Place", "Residence", "Residences",
-    "State", "Store",
-]  # fmt: skip
-
 
 RAISE_LIMIT = "raise NBCache.host_limit (NBCACHE_HOST_LIMIT=..., then `nbcache restart`, which drops what was saved)"
 

@@ -16,8 +16,8 @@ import pytest
 from nbcache import errors
 from nbcache.config import NBCache, RuntimePaths
 from nbcache.daemon import lifecycle
+from nbcache.daemon.entries import TRANSITIONS
 from nbcache.daemon.server import Server
-from nbcache.daemon.store import TRANSITIONS
 from nbcache.protocol import messages as m
 
 DOCUMENT = Path(m.__file__).with_name("PROTOCOL.md").read_text()

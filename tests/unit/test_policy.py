@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from nbcache.daemon.entries import PINNED, SHARED, Entry, Kind, Place
 from nbcache.daemon.policy import GpuPolicy
-from nbcache.daemon.store import PINNED, SHARED, Entry, Kind, Place, Store
+from nbcache.daemon.store import Store
 from nbcache.errors import DriverError
 from tests.support.emulated import EmulatedDriver
 

@@ -11,9 +11,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from nbcache.daemon.store import (
+from nbcache.daemon.entries import (
     PINNED,
-    RAISE_LIMIT,
     SHARED,
     TRANSITIONS,
     Entry,
@@ -24,8 +23,8 @@ from nbcache.daemon.store import (
     Residence,
     Residences,
     State,
-    Store,
 )
+from nbcache.daemon.store import RAISE_LIMIT, Store
 from nbcache.errors import DeviceMemoryFull, EntryInUse, EntryNotFound, HostMemoryFull
 
 GB = 10**9

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from nbcache.daemon.entries import PINNED, SHARED, Kind, Place
 from nbcache.daemon.reader import FileSource, Reader, Staging
-from nbcache.daemon.store import PINNED, SHARED, Kind, Place
 from nbcache.daemon.tiers import Tiers
 from nbcache.errors import CheckpointChanged, CheckpointUnreadable, DeviceMemoryFull, DriverError, HostMemoryFull
 from nbcache.manifest import Extent, Fingerprint, Manifest, Member, place_tensors
