@@ -74,24 +74,23 @@ class Adoption:
         assert self._slab is not None
         start, private = self._slab.address, 0
         found: dict[str, torch.Tensor] = {}
-        dtypes = edge.dtypes_of(manifest)
-        empty, device, keep, watch = torch.empty, self._device, self.bases.append, self.clones.append
+        dtypes, shape_of = edge.dtypes_of(manifest), edge.torch_shape
+        empty, clone_of, device, keep = torch.empty, torch._lazy_clone, self._device, self.bases.append
         with torch.cuda.use_mem_pool(self.pool, device):
             for extent in sorted(manifest.tensors, key=_place):
-                base = empty(edge.torch_shape(extent.dtype, extent.shape), dtype=dtypes[extent.dtype], device=device)
+                base = empty(shape_of(extent.dtype, extent.shape), dtype=dtypes[extent.dtype], device=device)
                 if not extent.nbytes:
                     found[extent.name] = base
                     continue
                 address = base.data_ptr()
-                if address != start + extent.place:
-                    private += extent.nbytes
-                    if start <= address < self._limit:  # elsewhere in the slab: what it took there stays taken
-                        keep(base)
+                if address == start + extent.place:
+                    keep(base)
+                    found[extent.name] = clone_of(base)
                     continue
-                keep(base)
-                clone = torch._lazy_clone(base)
-                watch(StorageWeakRef(clone.untyped_storage()))
-                found[extent.name] = clone
+                private += extent.nbytes
+                if start <= address < self._limit:  # elsewhere in the slab: what it took there stays taken
+                    keep(base)
+        self.clones = [StorageWeakRef(clone.untyped_storage()) for clone in found.values() if clone.numel()]
         return found, private
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -28,6 +29,15 @@ from nbcache.protocol import messages as m
 
 AHEAD = 2
 """Blocks asked for before they are needed: one is mapped while another is copied."""
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Tensors of a slab, and how many bytes of them are this process's own."""
+
+    tensors: dict[str, torch.Tensor]
+    private_bytes: int
+    slab: SlabMap
 
 
 class Device:
@@ -55,35 +65,48 @@ class Device:
                 found.close()
                 wanted = ""
                 found = get(Wish(m.DeviceWish(self._gpu.uuid)))
+            layout = cast_manifest(found.manifest, wanted)
+            if isinstance(found, Grant):
+                return self._attach(found, layout, share)
             try:
-                layout = cast_manifest(found.manifest, wanted)
-                grant = found if isinstance(found, Grant) else self._fill(found, layout, on_progress)
+                return self._fill(found, layout, share, on_progress)
             except BaseException:
                 found.close()
                 raise
-            return self._over_slab(grant, layout, share)
 
-    def _over_slab(self, grant: Grant, layout: Manifest, share: Share) -> Loaded:
+    def _attach(self, grant: Grant, layout: Manifest, share: Share) -> Loaded:
+        """What the slab of this grant holds, mapped. Takes the grant over."""
         try:
-            mapped = self._driver.map_slab(grant.fd, layout.extent_bytes, self._gpu, Access.READ)
-            slab = SlabMap(mapped, grant.session, self._views.synchronize, layout, self._gpu.ordinal)
+            made = self._make(grant.fd, grant.session, layout, share)
             os.close(grant.take_fd())
         except BaseException:
             grant.close()
             raise
-        private_bytes = 0
-        if share == "cow":
-            tensors, private_bytes = self._views.cow(slab, layout)
-        else:
-            tensors = self._views.plain(slab, layout)
-        if share == "private":
-            tensors = edge.convert(tensors, self._device, None, copy=True)
-            private_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        kept = None if share == "private" else slab  # private tensors need no lease
-        return Loaded(tensors, grant.key, grant.name, self._name, grant.manifest.metadata, private_bytes, grant.hit, kept)
+        return self._loaded(grant, made, share)
 
-    def _fill(self, offer: Offer, layout: Manifest, on_progress: ProgressCallback | None) -> Grant:
-        """Fill the slab that was offered, commit it, and hold it. If another client was quicker, hold what it filled."""
+    def _make(self, fd: int, session: Session, layout: Manifest, share: Share) -> _Made:
+        """Map a slab read-only and make its tensors. Queued after what is queued already; waits for nothing."""
+        mapped = self._driver.map_slab(fd, layout.extent_bytes, self._gpu, Access.READ)
+        slab = SlabMap(mapped, session, self._views.synchronize, layout, self._gpu.ordinal)
+        with edge.uncollected():
+            if share == "cow":
+                return _Made(*self._views.cow(slab, layout), slab)
+            if share == "readonly":
+                return _Made(self._views.plain(slab, layout), 0, slab)
+            copies = self._views.private(slab, layout)
+            return _Made(copies, sum(tensor.nbytes for tensor in copies.values()), slab)
+
+    def _loaded(self, grant: Grant, made: _Made, share: Share) -> Loaded:
+        kept = None if share == "private" else made.slab  # private tensors need no lease
+        return Loaded(
+            made.tensors, grant.key, grant.name, self._name, grant.manifest.metadata, made.private_bytes, grant.hit, kept
+        )
+
+    def _fill(self, offer: Offer, layout: Manifest, share: Share, on_progress: ProgressCallback | None) -> Loaded:
+        """Fill the slab that was offered, and commit it. If another client was quicker, hold what it filled.
+
+        The tensors are made while the last copies are still under way. If the commit is refused, nobody gets them.
+        """
         session = offer.session
         while True:
             message, descriptors = session.request(m.Fill(layout.extent_bytes), on_progress=on_progress)
@@ -91,7 +114,7 @@ class Device:
                 break
             found = read_answer(session, (message, descriptors))
             if isinstance(found, Grant):
-                return found
+                return self._attach(found, layout, share)
             if found is None:
                 raise EntryNotFound(f"{offer.key}: evicted while its slab was to be filled; load it again")
         (fd,) = descriptors
@@ -103,13 +126,20 @@ class Device:
                 self._copy(mapped[0].address, blocks)
             else:
                 self._cast(offer.manifest, layout, mapped[0], blocks, message.block_bytes)
+            made = self._make(fd, session, layout, share)
         finally:
             os.close(fd)
             self._views.synchronize()  # nothing may be unmapped under a queued copy, nor committed
             if mapped:
                 mapped[0].close()  # the slab: who commits maps it writable no longer
             _unmap_later(mapped[1:])
-        return committed(session, on_progress)
+        try:
+            grant = committed(session, on_progress)
+        except BaseException:
+            del made  # or the traceback would keep what was refused
+            raise
+        os.close(grant.take_fd())
+        return self._loaded(grant, made, share)
 
     def _copy(self, target: int, blocks: Iterator[Mapped]) -> None:
         """One straight copy a block."""
@@ -161,7 +191,7 @@ class Device:
 
 
 def _unmap_later(mapped: list[Mapped]) -> None:
-    """Unmap in the background: 24 GB of host blocks take a tenth of a second that nobody need wait for."""
+    """Unmap in the background: 24 GB of host blocks take 50 ms that nobody need wait for."""
 
     def unmap() -> None:
         for each in mapped:

@@ -60,7 +60,8 @@ def over_host(grant: Grant, device: torch.device, dtype: torch.dtype | None, pri
         finally:
             os.close(fd)
         weakref.finalize(area, grant.session.close).atexit = False
-        mapped = edge.attach(grant.manifest, area)
+        with edge.uncollected():
+            mapped = edge.attach(grant.manifest, area)
         given = mapped
         if private or dtype is not None or device.type != "cpu":
             given = edge.convert(mapped, device, dtype, copy=private)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import sys
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
@@ -40,7 +41,7 @@ class Weights(Mapping[str, "torch.Tensor"]):
         self._key = loaded.key
         self._options = options
         self.name = loaded.name
-        self.nbytes = sum(tensor.nbytes for tensor in loaded.tensors.values())
+        self.nbytes = sum(map(operator.attrgetter("nbytes"), loaded.tensors.values()))
         self.device = loaded.device
         self.metadata: Mapping[str, str] = MappingProxyType(dict(loaded.metadata))
         self.private_bytes = loaded.private_bytes

@@ -15,6 +15,7 @@ import importlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from nbcache.errors import DeviceMemoryFull, DriverError
@@ -182,18 +183,23 @@ class CudaDriver:
 
     def free_bytes(self, uuid: str) -> int:
         """See :class:`Driver`. Asks NVML."""
+        nvml = self._nvml
+        try:
+            return int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByUUID(uuid)).free)
+        except nvml.NVMLError as error:
+            raise DriverError(f"NVML, GPU {uuid}: {error}") from error
+
+    @cached_property  # starting NVML takes milliseconds
+    def _nvml(self) -> Any:  # noqa: ANN401
         try:
             import pynvml
         except ImportError as error:
             raise DriverError("nvidia-ml-py is not installed; pip install nvidia-ml-py") from error
         try:
             pynvml.nvmlInit()
-            try:
-                return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(uuid)).free)
-            finally:
-                pynvml.nvmlShutdown()
         except pynvml.NVMLError as error:
-            raise DriverError(f"NVML, GPU {uuid}: {error}") from error
+            raise DriverError(f"NVML: {error}") from error
+        return pynvml
 
     def _location(self, kind: str, number: int) -> tuple[Any, int]:
         return getattr(self._cuda.CUmemLocationType, f"CU_MEM_LOCATION_TYPE_{kind}"), number

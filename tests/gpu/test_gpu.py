@@ -57,6 +57,7 @@ def gpu():
 
 @pytest.fixture
 def environment(runtime_dir, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # its worker processes outlive a kernel by a while
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
 
 
