@@ -20,7 +20,8 @@ import torch
 
 from nbcache.client import tensors as edge
 from nbcache.client.session import Session
-from nbcache.manifest import Manifest
+from nbcache.layout import SMALL_LIMIT
+from nbcache.manifest import Extent, Manifest
 from nbcache.memory.driver import Mapped
 
 
@@ -91,16 +92,22 @@ _NO_SESSION: Any = _NoSession()
 
 def plain_tensors(slab: SlabMap, manifest: Manifest, device: torch.device) -> dict[str, torch.Tensor]:
     """CUDA tensors that keep the map alive; a write to one is a write to the map. All are views of one array, the slab."""
+    view = _viewer(slab, manifest, device)
+    return {extent.name: view(extent) for extent in manifest.tensors}
+
+
+def _viewer(slab: SlabMap, manifest: Manifest, device: torch.device) -> Callable[[Extent], torch.Tensor]:
+    """What makes the tensor of an extent."""
     whole = torch.as_tensor(_CudaArray(slab), device=device)
     typed = {name: whole.view(dtype) for name, dtype in edge.dtypes_of(manifest).items()}
-    found = {}
-    for extent in manifest.tensors:
+
+    def view(extent: Extent) -> torch.Tensor:
         base, shape = typed[extent.dtype], edge.torch_shape(extent.dtype, extent.shape)
-        if extent.nbytes:
-            found[extent.name] = base.as_strided(shape, _strides(shape), extent.place // base.itemsize)
-        else:
-            found[extent.name] = torch.empty(shape, dtype=base.dtype, device=device)
-    return found
+        if not extent.nbytes:
+            return torch.empty(shape, dtype=base.dtype, device=device)
+        return base.as_strided(shape, _strides(shape), extent.place // base.itemsize)
+
+    return view
 
 
 @lru_cache(1024)  # a model has thousands of tensors, of few shapes
@@ -113,13 +120,27 @@ def private_tensors(slab: SlabMap, manifest: Manifest, device: torch.device) -> 
     """Copies in memory of torch's own.
 
     That memory is asked for at once, where torch has none at hand: the driver takes as long for 24 GB as for a tensor of 20 MB,
-    and a model has hundreds. If it is not there at once, it is asked for tensor by tensor.
+    and a model has hundreds. If it is not there at once, it is asked for tensor by tensor. The large tensors are copied first,
+    one by one; while they are under way the small ones are made ready, and copied together.
     """
     need = sum(extent.nbytes for extent in manifest.tensors)
     if torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) < need // 8:
         with contextlib.suppress(torch.OutOfMemoryError):
             torch.empty(need, dtype=torch.uint8, device=device)  # freed again, into torch's cache
-    return edge.convert(plain_tensors(slab, manifest, device), device, None, copy=True)
+    view = _viewer(slab, manifest, device)
+    together = [extent for extent in manifest.tensors if extent.nbytes <= SMALL_LIMIT and extent.dtype in _COPIED_TOGETHER]
+    names = {extent.name for extent in together}
+    found = {extent.name: view(extent).clone() for extent in manifest.tensors if extent.name not in names}
+    for dtype in {extent.dtype for extent in together}:
+        small = {extent.name: view(extent) for extent in together if extent.dtype == dtype}
+        copies = {name: torch.empty_like(tensor) for name, tensor in small.items()}
+        torch._foreach_copy_(list(copies.values()), list(small.values()))
+        found |= copies
+    return {extent.name: found[extent.name] for extent in manifest.tensors}  # in file order again
+
+
+_COPIED_TOGETHER = ("BF16", "F16", "F32")
+"""Dtypes whose tensors torch copies many at a time; small ones of another come one by one."""
 
 
 class _CudaArray:

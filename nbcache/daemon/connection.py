@@ -54,6 +54,8 @@ class Connection:
     """The manifest and files of a Stage that is not complete yet."""
     wanted: list[int] = field(default_factory=list)
     """Blocks it asked for that are not staged yet."""
+    refusal: NBCacheError | None = None
+    """Why the host copy behind the slab that it was offered came to nothing: what its Fill will be answered."""
     told_s: float = 0.0
     """When it last heard of progress."""
 

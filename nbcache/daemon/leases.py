@@ -59,7 +59,7 @@ class Leases:
         elif entry.state(PINNED) is State.ABSENT:  # on its way to the other kind of host copy, and from there to this one
             connection.phase, connection.told_s = Phase.WAITING, 0.0
         else:
-            connection.phase = Phase.OFFERED
+            connection.phase, connection.refusal = Phase.OFFERED, None
             self._port.reply(connection, m.Vacant(entry.key), [self._tiers.manifest_fd(entry.key)])
 
     def again(self, connection: Connection, entry: Entry, staged: bool = False) -> None:

@@ -199,6 +199,9 @@ class Service:
         fillers = self._slabs.fillers_of(entry.key) if place == PINNED else []
         fed = {connection.place for connection in self._slabs.fillers_of(entry.key)} - {filler.place for filler in fillers}
         waiting = [connection for connection in self._leases.waiting_for(entry.key) if connection.place not in fed]
+        offered = [c for c in self._port.connections.values() if c.phase is Phase.OFFERED and c.key == entry.key]
+        for connection in offered if place == PINNED else []:
+            connection.refusal = error
         for connection in waiting:
             connection.phase = Phase.IDLE
             self._port.fail(connection, error)

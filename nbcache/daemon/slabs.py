@@ -39,6 +39,9 @@ class Slabs:
         """Make the slab and let this connection fill it, unless another does (I3)."""
         if not 0 < fill.extent_bytes <= MAX_EXTENT_BYTES:
             raise ProtocolError(f"a slab of {fill.extent_bytes} bytes")
+        if connection.refusal is not None:
+            connection.phase = Phase.IDLE
+            raise connection.refusal
         entry = self._store.entries.get(connection.key)
         if entry is None:
             connection.phase = Phase.IDLE

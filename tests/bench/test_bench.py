@@ -231,7 +231,6 @@ def test_gpu_report_is_complete(tiny_flux, emulated):
     assert [load.private_bytes for load in report.loads if load.share == "private"] == [report.loads[0].nbytes]
     assert [(load.what, load.tensors) for load in report.loras] == [
         ("LoRA 10.0 MB: from pinned host", 988),
-        ("LoRA 10.0 MB: attach", 988),
     ]
     assert finite(report)
     assert len(report.disk_per_s) == 1

@@ -14,7 +14,7 @@ from nbcache.daemon.connection import Connection, Phase
 from nbcache.daemon.entries import PINNED, SHARED, Entry, Kind, Place, State
 from nbcache.daemon.policy import GpuPolicy
 from nbcache.daemon.service import Service
-from nbcache.errors import HostMemoryFull, NBCacheError
+from nbcache.errors import CheckpointChanged, HostMemoryFull, NBCacheError
 from nbcache.memory.shared import map_private, seal_bytes
 from nbcache.protocol import messages as m
 from tests.support.emulated import EmulatedDriver
@@ -149,3 +149,19 @@ def test_who_waits_for_a_slab_is_granted_once_when_its_commit_waits_for_the_host
     assert [type(answer) for answer in bench.port.answers] == [m.Granted] * 3
     assert sorted(entry.residences[place].leases) == [1, 2, 3]
     assert entry.residences[PINNED].leases == {}
+
+
+def test_who_was_offered_a_slab_hears_why_the_copy_behind_it_came_to_nothing(make):
+    """Its Fill comes after the end of the staging: not an eviction, which it would ask again after."""
+    bench = make()
+    entry = bench.entry("k")
+    assert bench.store.fill(entry, PINNED, EXTENT) == []
+    wish = m.Find(device=m.DeviceWish(bench.driver.gpus()[0].uuid))
+    connection = Connection(1, os.getpid(), 0.0, Phase.IDLE, find=wish)
+    bench.port.connections = {1: connection}
+    bench.service._leases.attend(connection, entry)
+    assert connection.phase is Phase.OFFERED
+    bench.service.staging_failed(entry, PINNED, CheckpointChanged("/model changed while it was read"))
+    with pytest.raises(CheckpointChanged, match="/model changed while it was read"):
+        bench.service._slabs.fill(connection, m.Fill(EXTENT), [])
+    assert connection.phase is Phase.IDLE
