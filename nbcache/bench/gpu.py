@@ -29,6 +29,7 @@ from nbcache.units import format_size
 
 LORA_BYTES = (328_000_000, 642_000_000, 1_200_000_000, 2_000_000_000)
 ATTACH_MODES: tuple[Share, ...] = ("readonly", "cow", "private")
+SWAP_MODES: tuple[Share, ...] = ("readonly", "cow")
 PROBE_BYTES = 1 << 30
 
 LINK, COPY, DISK = "link", "device copy", "disk"
@@ -174,9 +175,15 @@ class _Bench:
             series.add(self._load("cow", hit=False), self._card.link_per_s)
         return self._done(series)
 
-    def warm_up(self) -> None:
-        """Have the entry in host memory and in a slab."""
-        run_fresh(partial(kernel.time_load, self.checkpoint, "cow"))
+    def swaps(self) -> list[Load]:
+        """The slab dropped, the host copy there, in a process that goes on: each mode in a process of its own."""
+        found = []
+        for share in SWAP_MODES:
+            series = _Series(f"{self._prefix}from pinned host, again", share, LINK)
+            for timed in run_fresh(partial(kernel.time_fills, self.checkpoint, share, self._runs)):
+                series.add(timed, self._card.link_per_s)
+            found.append(self._done(series))
+        return found
 
     def compare(self) -> Compared | None:
         """Whether what arrives is what the files hold."""
@@ -258,8 +265,7 @@ def _measure_loras(
         path = directory / f"lora-{nbytes}{SUFFIX}"
         run_fresh(partial(write_lora_sized, str(path), nbytes))
         bench = _Bench(str(path), card, runs, on_step, f"LoRA {format_size(nbytes)}: ")
-        bench.warm_up()
-        found.append(bench.fills())
+        found += bench.swaps()
         bench.evict()
         path.unlink()
     return found

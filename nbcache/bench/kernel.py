@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from nbcache.errors import BenchmarkFailed
+
 if TYPE_CHECKING:
     import torch
 
@@ -108,6 +110,25 @@ def time_load(checkpoint: str, share: Share) -> Timed:
     seconds = time.perf_counter() - start
     assert isinstance(weights, Weights)
     return Timed(seconds, len(weights), weights.nbytes, weights.private_bytes, weights.hit)
+
+
+def time_fills(checkpoint: str, share: Share, runs: int) -> list[Timed]:
+    """Fills of a slab from the pinned copy, by a process that loaded the same before: as files are swapped in a notebook."""
+    from nbcache.client import api
+    from nbcache.client.weights import Weights
+
+    load, found = _get_ready(), []
+    for _ in range(runs + 1):
+        start = time.perf_counter()
+        weights = load(checkpoint, device=DEVICE, share=share)
+        synchronize()
+        seconds = time.perf_counter() - start
+        assert isinstance(weights, Weights)
+        found.append(Timed(seconds, len(weights), weights.nbytes, weights.private_bytes, weights.hit))
+        weights.release()
+        if not api.free_gpu(checkpoint).names:
+            raise BenchmarkFailed(f"{checkpoint}: its slab was still in use, or gone; is the GPU short of memory?")
+    return found[1:]
 
 
 def compare_load(checkpoint: str, files: tuple[str, ...], share: Share) -> Compared | None:

@@ -28,6 +28,8 @@ def _lines(report: GpuReport) -> Iterator[str]:
     yield ""
     yield from _load_table((*report.loads, *report.loras))
     yield f"each the first load of a fresh process, context ready; medians of {_count(len(first.runs_s), 'run')}"
+    if report.loras:
+        yield "LoRAs: again in a process that loaded the same before"
     yield ""
     yield _comparison(report)
     yield from _footprint(report)

@@ -134,7 +134,7 @@ class Device:
                 mapped[0].close()  # the slab: who commits maps it writable no longer
             _unmap_later(mapped[1:])
         try:
-            grant = committed(session, on_progress)
+            grant = committed(session, offer.manifest, on_progress)
         except BaseException:
             del made  # or the traceback would keep what was refused
             raise

@@ -138,8 +138,10 @@ def _ask(find: m.Find, start: bool, on_progress: ProgressCallback | None) -> Gra
     raise AssertionError("unreachable")
 
 
-def read_answer(session: Session, answer: tuple[m.DaemonMessage, list[int]]) -> Grant | Offer | None:
-    """The grant or offer in an answer; None, and the session closed, for Absent."""
+def read_answer(
+    session: Session, answer: tuple[m.DaemonMessage, list[int]], known: Manifest | None = None
+) -> Grant | Offer | None:
+    """The grant or offer in an answer; None, and the session closed, for Absent. A ``known`` manifest is not read again."""
     message, descriptors = answer
     if isinstance(message, m.Absent):
         session.close()
@@ -147,7 +149,7 @@ def read_answer(session: Session, answer: tuple[m.DaemonMessage, list[int]]) -> 
     try:
         if not isinstance(message, m.Granted | m.Vacant):
             raise ProtocolError(f"the daemon answered {type(message).__name__}, expected Granted or Vacant")
-        manifest = decode_manifest(read_sealed(descriptors[0], MAX_MANIFEST_BYTES))
+        manifest = known or decode_manifest(read_sealed(descriptors[0], MAX_MANIFEST_BYTES))
     except BaseException:
         close_all(descriptors)
         raise
@@ -233,15 +235,15 @@ def put_bytes(name: str, manifest: Manifest, write: Callable[[mmap.mmap], None])
                 write(area)
         finally:
             block.close()
-        return committed(session)
+        return committed(session, manifest)
     except BaseException:
         session.close()
         raise
 
 
-def committed(session: Session, on_progress: ProgressCallback | None = None) -> Grant:
+def committed(session: Session, manifest: Manifest, on_progress: ProgressCallback | None = None) -> Grant:
     """Commit what this session filled; the grant of it."""
-    found = read_answer(session, session.request(m.Commit(), on_progress=on_progress))
+    found = read_answer(session, session.request(m.Commit(), on_progress=on_progress), manifest)
     if not isinstance(found, Grant):
         raise ProtocolError("the daemon lost what was just committed")
     return found

@@ -20,7 +20,6 @@ import torch
 
 from nbcache.client import tensors as edge
 from nbcache.client.session import Session
-from nbcache.layout import SMALL_LIMIT
 from nbcache.manifest import Extent, Manifest
 from nbcache.memory.driver import Mapped
 
@@ -120,27 +119,17 @@ def private_tensors(slab: SlabMap, manifest: Manifest, device: torch.device) -> 
     """Copies in memory of torch's own.
 
     That memory is asked for at once, where torch has none at hand: the driver takes as long for 24 GB as for a tensor of 20 MB,
-    and a model has hundreds. If it is not there at once, it is asked for tensor by tensor. The large tensors are copied first,
-    one by one; while they are under way the small ones are made ready, and copied together.
+    and a model has hundreds. If it is not there at once, it is asked for tensor by tensor. The large tensors come first: while
+    they are copied, the small ones are queued.
     """
     need = sum(extent.nbytes for extent in manifest.tensors)
     if torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) < need // 8:
         with contextlib.suppress(torch.OutOfMemoryError):
             torch.empty(need, dtype=torch.uint8, device=device)  # freed again, into torch's cache
     view = _viewer(slab, manifest, device)
-    together = [extent for extent in manifest.tensors if extent.nbytes <= SMALL_LIMIT and extent.dtype in _COPIED_TOGETHER]
-    names = {extent.name for extent in together}
-    found = {extent.name: view(extent).clone() for extent in manifest.tensors if extent.name not in names}
-    for dtype in {extent.dtype for extent in together}:
-        small = {extent.name: view(extent) for extent in together if extent.dtype == dtype}
-        copies = {name: torch.empty_like(tensor) for name, tensor in small.items()}
-        torch._foreach_copy_(list(copies.values()), list(small.values()))
-        found |= copies
+    ordered = sorted(manifest.tensors, key=operator.attrgetter("nbytes"), reverse=True)
+    found = {extent.name: view(extent).clone() for extent in ordered}
     return {extent.name: found[extent.name] for extent in manifest.tensors}  # in file order again
-
-
-_COPIED_TOGETHER = ("BF16", "F16", "F32")
-"""Dtypes whose tensors torch copies many at a time; small ones of another come one by one."""
 
 
 class _CudaArray:

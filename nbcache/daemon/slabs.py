@@ -54,7 +54,7 @@ class Slabs:
         connection.phase = Phase.FILLING
         if entry.state(PINNED) is State.READY:
             self._store.grant(entry.key, PINNED, connection.number, connection.pid)
-        self._port.reply(connection, m.Filling(self._tiers.block_bytes), [fd])
+        self._port.reply(connection, m.Filling(self._tiers.block_bytes_of(entry.extent_bytes)), [fd])
 
     def _create(self, connection: Connection, entry: Entry, extent_bytes: int) -> int:
         """A slab, for which idle ones give way one by one. DeviceMemoryFull, with who holds what, if that does not suffice."""
@@ -79,7 +79,8 @@ class Slabs:
 
     def want(self, connection: Connection, want: m.Want, _: list[int]) -> None:
         """Hand over a block of the pinned copy, now or once it is staged."""
-        count = -(-self._store.entries[connection.key].extent_bytes // self._tiers.block_bytes)
+        extent_bytes = self._store.entries[connection.key].extent_bytes
+        count = -(-extent_bytes // self._tiers.block_bytes_of(extent_bytes))
         if not 0 <= want.number < count or len(connection.wanted) >= MAX_WANTED:
             raise ProtocolError(f"block {want.number} of {count} wanted, with {len(connection.wanted)} outstanding")
         connection.wanted.append(want.number)

@@ -15,6 +15,13 @@ from nbcache.errors import DriverError
 from nbcache.memory.driver import Driver, Mapped, cpu_view, without_math_libraries
 
 BLOCK_BYTES = 512 << 20
+"""Blocks of a large entry: each is a descriptor that the daemon keeps."""
+
+SMALLEST_BLOCK_BYTES = 64 << 20
+"""Blocks of a small one: a kernel maps the next block for its GPU while the last one is copied, so the first must be quick."""
+
+SOME_BLOCKS = 32
+"""As many as an entry may have before its blocks become larger."""
 
 PinnedArray = Any
 """What the array maker gives: an array of bytes over a mapped block, keeping nothing but the address."""
@@ -105,6 +112,14 @@ class Arena:
         if self._arrays is None:
             self._arrays = self._open_arrays()
         return PinnedBlock(self._driver, self._arrays, size_bytes)
+
+
+def choose_block_bytes(extent_bytes: int, largest_bytes: int = BLOCK_BYTES) -> int:
+    """How large an entry's blocks are: halved from the largest while there are few."""
+    size_bytes = largest_bytes
+    while size_bytes > SMALLEST_BLOCK_BYTES and extent_bytes * 2 <= SOME_BLOCKS * size_bytes:
+        size_bytes //= 2
+    return size_bytes
 
 
 def block_sizes(extent_bytes: int, block_bytes: int = BLOCK_BYTES) -> list[int]:

@@ -229,8 +229,9 @@ def test_gpu_report_is_complete(tiny_flux, emulated):
     assert {load.tensors for load in report.loads} == {1160}
     assert {load.nbytes for load in report.loads} == {flux.nbytes_of_shapes(flux.flux_shapes(TINY))}
     assert [load.private_bytes for load in report.loads if load.share == "private"] == [report.loads[0].nbytes]
-    assert [(load.what, load.tensors) for load in report.loras] == [
-        ("LoRA 10.0 MB: from pinned host", 988),
+    assert [(load.what, load.share, load.tensors) for load in report.loras] == [
+        ("LoRA 10.0 MB: from pinned host, again", "readonly", 988),
+        ("LoRA 10.0 MB: from pinned host, again", "cow", 988),
     ]
     assert finite(report)
     assert len(report.disk_per_s) == 1

@@ -18,7 +18,7 @@ from nbcache.daemon.reader import FileSource, Reader, Staging
 from nbcache.daemon.tiers import Tiers
 from nbcache.errors import CheckpointChanged, CheckpointUnreadable, DeviceMemoryFull, DriverError, HostMemoryFull
 from nbcache.manifest import Extent, Fingerprint, Manifest, Member, place_tensors
-from nbcache.memory.arena import PinnedBlock
+from nbcache.memory.arena import PinnedBlock, choose_block_bytes
 from nbcache.memory.shared import check_sealed, map_private, seal_bytes
 from tests.support.emulated import EmulatedDriver, plain_array
 
@@ -224,6 +224,22 @@ def test_a_last_block_takes_the_rest_alone(bench, manifest, path):
     assert set(sizes[:-1]) == {5 * MIB}
     assert 0 < sizes[-1] < 5 * MIB
     assert_holds(bench.pinned(), manifest, path)
+
+
+@pytest.mark.parametrize(
+    ("extent_bytes", "largest_bytes", "expected_bytes"),
+    [
+        (1, 512 * MIB, 64 * MIB),
+        (2 << 30, 512 * MIB, 64 * MIB),
+        ((2 << 30) + 1, 512 * MIB, 128 * MIB),
+        (8 << 30, 512 * MIB, 256 * MIB),
+        ((8 << 30) + 1, 512 * MIB, 512 * MIB),
+        (1 << 40, 512 * MIB, 512 * MIB),
+        (1 << 30, 2 * MIB, 2 * MIB),
+    ],
+)
+def test_a_small_entry_has_small_blocks_and_a_large_one_few(extent_bytes, largest_bytes, expected_bytes):
+    assert choose_block_bytes(extent_bytes, largest_bytes) == expected_bytes
 
 
 def test_one_block_is_enough_for_a_small_entry(bench, manifest, path):
