@@ -24,7 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from nbcache.client import tensors as edge
 from nbcache.client.notices import CopyOnWriteUnavailable, notify
 from nbcache.client.slabs import SlabMap, plain_tensors
-from nbcache.manifest import Manifest
+from nbcache.manifest import Manifest, stored_shape
 
 _MISSING = [
     name
@@ -78,7 +78,7 @@ class Adoption:
         empty, device, keep, watch = torch.empty, self._device, self.bases.append, self.clones.append
         with torch.cuda.use_mem_pool(self.pool, device):
             for extent in sorted(manifest.tensors, key=_place):
-                base = empty(edge.torch_shape(extent.dtype, extent.shape), dtype=dtypes[extent.dtype], device=device)
+                base = empty(stored_shape(extent.dtype, extent.shape), dtype=dtypes[extent.dtype], device=device)
                 if not extent.nbytes:
                     found[extent.name] = base
                     continue
@@ -135,7 +135,7 @@ def adopt(slab: SlabMap, manifest: Manifest, device: torch.device) -> tuple[dict
         copies, _ = _copied(slab, manifest, device)
         tensors = copies | tensors
     else:
-        tensors = {extent.name: tensors[extent.name] for extent in manifest.tensors}  # in file order again
+        tensors = {extent.name: tensors[extent.name] for extent in manifest.tensors}  # in the manifest's order again
     _adoptions.append(adoption)
     return tensors, private
 

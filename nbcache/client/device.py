@@ -22,7 +22,7 @@ from nbcache.client.session import ProgressCallback, Session, expect
 from nbcache.client.slabs import SlabMap
 from nbcache.client.views import CudaViews, Views
 from nbcache.errors import EntryNotFound, InvalidOption, ProtocolError
-from nbcache.manifest import Extent, Manifest, nbytes_of, place_tensors
+from nbcache.manifest import Extent, Manifest, nbytes_of, place_tensors, stored_shape
 from nbcache.memory.driver import Access, Driver, Gpu, Mapped, open_driver
 from nbcache.protocol import messages as m
 
@@ -80,7 +80,8 @@ class Device:
             tensors = edge.convert(tensors, self._device, None, copy=True)
             private_bytes = sum(tensor.nbytes for tensor in tensors.values())
         kept = None if share == "private" else slab  # private tensors need no lease
-        return Loaded(tensors, grant.key, grant.name, self._name, grant.manifest.metadata, private_bytes, grant.hit, kept)
+        tensors = edge.arrange(tensors, layout)
+        return Loaded(tensors, grant.key, grant.name, self._name, layout, private_bytes, grant.hit, kept)
 
     def _fill(self, offer: Offer, layout: Manifest, on_progress: ProgressCallback | None) -> Grant:
         """Fill the slab that was offered, commit it, and hold it. If another client was quicker, hold what it filled."""
@@ -157,7 +158,7 @@ class Device:
                 at += size
             if extent.nbytes:
                 raw = scratch[: extent.nbytes].view(edge.torch_dtype(extent))
-                views[extent.name].copy_(raw.view(edge.torch_shape(extent.dtype, extent.shape)))
+                views[extent.name].copy_(raw.view(stored_shape(extent.dtype, extent.shape)))
 
 
 def _unmap_later(mapped: list[Mapped]) -> None:
@@ -177,7 +178,7 @@ def cast_manifest(manifest: Manifest, dtype: str) -> Manifest:
     tensors = [_cast_extent(tensor, dtype) for tensor in manifest.tensors]
     if all(new is old for new, old in zip(tensors, manifest.tensors, strict=True)):
         return manifest
-    return msgspec.structs.replace(place_tensors(tensors, (), manifest.metadata), members=manifest.members)
+    return msgspec.structs.replace(place_tensors(tensors, (), manifest.metadata, manifest.views), members=manifest.members)
 
 
 def _cast_extent(tensor: Extent, dtype: str) -> Extent:

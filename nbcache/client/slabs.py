@@ -17,7 +17,7 @@ import torch
 
 from nbcache.client import tensors as edge
 from nbcache.client.session import Session
-from nbcache.manifest import Manifest
+from nbcache.manifest import Manifest, row_strides, stored_shape, whole_view
 from nbcache.memory.driver import Mapped
 
 
@@ -44,13 +44,16 @@ class SlabMap:
 
         memory = cupy.cuda.UnownedMemory(self.address, self.size_bytes, self, self._device)
         arrays = {}
-        for extent in self.manifest.tensors:
+        extents = self.manifest.tensors
+        for view in self.manifest.views or map(whole_view, extents, range(len(extents))):
+            extent = extents[view.extent]
             dtype = cupy.dtype(_CUPY_DTYPES.get(extent.dtype) or f"u{edge.torch_dtype(extent).itemsize}")
-            shape = edge.torch_shape(extent.dtype, extent.shape)
             if extent.nbytes:
-                arrays[extent.name] = cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, extent.place))
+                pointer = cupy.cuda.MemoryPointer(memory, extent.place + view.offset * dtype.itemsize)
+                strides = tuple(stride * dtype.itemsize for stride in view.strides)
+                arrays[view.name] = cupy.ndarray(view.shape, dtype, pointer, strides)
             else:
-                arrays[extent.name] = cupy.empty(shape, dtype)
+                arrays[view.name] = cupy.empty(view.shape, dtype)
         return arrays
 
 
@@ -93,20 +96,12 @@ def plain_tensors(slab: SlabMap, manifest: Manifest, device: torch.device) -> di
     found = {}
     for name, dtype_name, shape, _, _, nbytes, place in map(msgspec.structs.astuple, manifest.tensors):
         base = typed[dtype_name]
-        shape = edge.torch_shape(dtype_name, shape)
+        shape = stored_shape(dtype_name, shape)
         if nbytes:
-            found[name] = base.as_strided(shape, _strides(shape), place // base.itemsize)
+            found[name] = base.as_strided(shape, row_strides(shape), place // base.itemsize)
         else:
             found[name] = torch.empty(shape, dtype=base.dtype, device=device)
     return found
-
-
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Those of a contiguous tensor."""
-    strides = [1]
-    for size in shape[:0:-1]:
-        strides.append(strides[-1] * size)
-    return tuple(reversed(strides)) if shape else ()
 
 
 class _CudaArray:
