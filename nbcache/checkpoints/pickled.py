@@ -23,8 +23,8 @@ from nbcache.errors import UnsupportedFormat
 from nbcache.manifest import Extent, View, item_bytes, nbytes_of, reach_of, row_strides
 
 MAX_PICKLE_BYTES = 256 << 20
-MAX_NODES = 2_000_000
-"""Values of a checkpoint that are looked at; a pickle of a few bytes can describe any number, by sharing."""
+MAX_NODES = 500_000
+"""Values that are looked at, those of plain lists counting a sixteenth; by sharing, a short pickle can describe any number."""
 MAX_DEPTH = 100
 MAX_NAME = 1000
 
@@ -92,7 +92,7 @@ def flatten(value: object, file: OpenFile, notes: Notes) -> dict[str, Tensor]:
     nodes = 0
     while waiting:
         name, node, depth = waiting.pop()
-        nodes += 1 + (len(node) if isinstance(node, dict | list | tuple) else 0)
+        nodes += 1 + (len(node) // 16 if isinstance(node, list | tuple) else 0)
         if nodes > MAX_NODES or depth > MAX_DEPTH or len(name) > MAX_NAME:
             raise file.invalid(f"more than {MAX_NODES} values, {MAX_DEPTH} levels or {MAX_NAME} characters in a name")
         if isinstance(node, Tensor):

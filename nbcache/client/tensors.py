@@ -197,4 +197,5 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], manifest: Manifest, area:
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    flat = tensor.contiguous().reshape(-1)
+    return (flat if flat.numel() != 1 else flat.as_strided((1,), (1,))).view(torch.uint8)  # one element may have any stride

@@ -81,9 +81,9 @@ class Weights(Mapping[str, "torch.Tensor"]):
     def dequantize(self, dtype: str | torch.dtype | None = None) -> dict[str, torch.Tensor]:
         """Ordinary tensors, with the quantized ones computed, in private memory; the others as they are.
 
-        ``dtype`` is what floating-point tensors are cast to; None gives float32 for what was quantized. The gguf package does it,
-        on the CPU; results go to where the weights are. PackageMissing without it, UnsupportedFormat for a type that it does
-        not compute, InvalidOption, WeightsReleased.
+        ``dtype`` is what floating-point tensors are cast to; None gives float32 for what was quantized. The gguf package
+        computes on the CPU; results go to where the weights are. PackageMissing without it, UnsupportedFormat for a type that
+        it does not compute, InvalidOption, WeightsReleased.
         """
         from nbcache.client.quantized import dequantize
 

@@ -47,7 +47,9 @@ def assert_alike(found: torch.Tensor, expected: torch.Tensor, name: str = "") ->
 
 def bits(tensor: torch.Tensor) -> bytes:
     """The bytes of a tensor's values, row by row."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    if not tensor.numel():
+        return b""
+    return tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def shared(tensors: dict[str, torch.Tensor]) -> set[frozenset[str]]:
