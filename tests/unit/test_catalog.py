@@ -167,7 +167,7 @@ def test_shards_without_an_index_are_incomplete(tmp_path):
     refused(CheckpointIncomplete, tmp_path, "2 shards but no")
 
 
-@pytest.mark.parametrize("name", ["weights.bin", "weights.pt", "model.gguf", "weights", "safetensors"])
+@pytest.mark.parametrize("name", ["weights", "safetensors", "gguf", "weights.h5", "weights.onnx", "model.pt.zip"])
 def test_another_kind_of_file_is_unsupported(tmp_path, name):
     (tmp_path / name).write_bytes(b"PK\x03\x04")
     refused(UnsupportedFormat, tmp_path / name)
