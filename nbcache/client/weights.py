@@ -20,11 +20,10 @@ if TYPE_CHECKING:
 class Weights(Mapping[str, "torch.Tensor"]):
     """Tensors of one cached entry, in the checkpoint's order. Get it from :func:`nbcache.load` or :func:`nbcache.put`.
 
-    The tensors of a ``cow`` load share memory with the cache; writing to one changes it for this process alone (and in it every
-    tensor that shared its memory in the file). The lease on
-    the entry ends when the last of them and this object are gone. Pickles by reference: in another process of this user it
-    attaches to the same bytes again (EntryNotFound if they are gone by then), so ``torch.save`` of it saves no weights; save
-    ``dict(weights)``.
+    The tensors of a ``cow`` load share memory with the cache; writing to one changes it for this process alone, and with it the
+    tensors that share its memory in the file. The lease on the entry ends when the last of them and this object are gone.
+    Pickles by reference: in another process of this user it attaches to the same bytes again (EntryNotFound if they are gone by
+    then), so ``torch.save`` of it saves no weights; save ``dict(weights)``.
 
     Attributes
     ----------
