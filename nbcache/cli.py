@@ -72,7 +72,12 @@ def status(as_json: AsJson = False) -> None:
 
 @app.command()
 def load(
-    name: Annotated[str, typer.Argument(help="A .safetensors file, a shard index, or a folder that holds either.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A checkpoint (.safetensors, .pt, .bin, .gguf, .npz, ...), a shard index, or a folder that holds one."
+        ),
+    ],
     pin: Annotated[bool, typer.Option("--pin", help="Keep it, however full the tier gets.")] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -10,6 +10,7 @@
     │   ├── CheckpointIncomplete     a shard is missing, or lacks what the index promises
     │   └── CheckpointChanged        it changed while it was read
     ├── UnsupportedFormat          a file or tensor of a kind nbcache does not serve
+    ├── PackageMissing             an optional package that is needed is not installed
     ├── EntryNotFound              no cached entry of that name
     ├── EntryInUse                 an entry that is leased or pinned was to be evicted
     ├── HostMemoryFull             the host tier has no room that policy may free
@@ -64,6 +65,10 @@ class CheckpointChanged(CheckpointError):
 
 class UnsupportedFormat(NBCacheError):
     """A file or a tensor of a kind that nbcache does not serve."""
+
+
+class PackageMissing(NBCacheError):
+    """An optional package is needed and not installed."""
 
 
 class EntryNotFound(NBCacheError):

@@ -25,7 +25,29 @@ DTYPE_BITS: Mapping[str, int] = {
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "C32": 32,
     "I64": 64, "U64": 64, "F64": 64, "C64": 64, "C128": 128,
 }  # fmt: skip
-"""Bits of one element, by the dtype's name in safetensors (C32 and C128 are ours: only ``put`` entries have them)."""
+"""Bits of one element, by the dtype's name in safetensors (C32 and C128 are ours: the format does not have them)."""
+
+TORCH_NAMES: Mapping[str, str] = {
+    "F4": "float4_e2m1fn_x2", "BOOL": "bool", "U8": "uint8", "I8": "int8",
+    "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "I16": "int16", "U16": "uint16", "F16": "float16", "BF16": "bfloat16",
+    "I32": "int32", "U32": "uint32", "F32": "float32", "C32": "complex32",
+    "I64": "int64", "U64": "uint64", "F64": "float64", "C64": "complex64", "C128": "complex128",
+}  # fmt: skip
+"""What torch calls each of :data:`DTYPE_BITS`."""
+
+BLOCKS: Mapping[str, tuple[int, int]] = {
+    "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34), "Q8_1": (32, 40),
+    "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210), "Q8_K": (256, 292),
+    "IQ1_S": (256, 50), "IQ1_M": (256, 56), "IQ2_XXS": (256, 66), "IQ2_XS": (256, 74), "IQ2_S": (256, 82),
+    "IQ3_XXS": (256, 98), "IQ3_S": (256, 110), "IQ4_NL": (32, 18), "IQ4_XS": (256, 136),
+    "TQ1_0": (256, 54), "TQ2_0": (256, 66), "MXFP4": (32, 17), "NVFP4": (64, 36), "Q1_0": (128, 18),
+}  # fmt: skip
+"""Elements and bytes of one block, by the quant type's name in GGUF. Blocks lie along the last dimension.
+
+Source: ``GGML_QUANT_SIZES`` of the gguf package, against which a test holds it.
+"""
 
 
 class Fingerprint(msgspec.Struct, frozen=True, array_like=True):
@@ -60,7 +82,8 @@ class Member(msgspec.Struct, frozen=True, array_like=True):
 class Extent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One tensor: ``nbytes`` bytes at ``offset`` of member file ``file``, to lie at ``place`` of the entry.
 
-    ``dtype`` is a key of :data:`DTYPE_BITS`; ``shape`` counts elements (of F4: single 4-bit values, as safetensors does).
+    ``dtype`` is a key of :data:`DTYPE_BITS` or :data:`BLOCKS`; ``shape`` counts elements (of F4: single 4-bit values, as
+    safetensors does; of quantized types: the values that the blocks stand for).
     """
 
     name: str
@@ -72,25 +95,48 @@ class Extent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     place: int
 
 
+class View(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One tensor over the extent of number ``extent``, with others or not laid out row by row.
+
+    ``shape``, ``strides`` and ``offset`` count elements as memory has them (:func:`stored_shape`), from the extent's start.
+    """
+
+    name: str
+    extent: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+
 class Manifest(msgspec.Struct, frozen=True):
-    """An entry's description: tensors in file order. ``extent_bytes`` is the memory it takes, padding included."""
+    """An entry's description: extents in the checkpoint's order. ``extent_bytes`` is the memory it takes, padding included.
+
+    Where each extent is one tensor, row by row, ``views`` is empty. Otherwise ``views`` are the tensors, all of them, in the
+    checkpoint's order, and extents are only what lies below.
+    """
 
     tensors: tuple[Extent, ...]
     members: tuple[Member, ...]
     metadata: dict[str, str]
     extent_bytes: int
     layout_version: int = LAYOUT_VERSION
+    views: tuple[View, ...] = ()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors, padding left out."""
+        """Bytes of all tensors, padding left out; those that tensors share count once."""
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def count(self) -> int:
+        """How many tensors there are."""
+        return len(self.views or self.tensors)
 
     def check(self) -> None:
         """Hold the manifest against itself (I5).
 
         Raises ProtocolError: a dtype that does not exist, a size that is not the shape's, bytes outside the member file or
-        outside the extent, places that overlap or are unaligned, two tensors of one name.
+        outside the extent, places that overlap or are unaligned, a view that leaves its extent, two tensors of one name.
         """
         if self.layout_version != LAYOUT_VERSION:
             raise ProtocolError(f"manifest: layout version {self.layout_version}, expected {LAYOUT_VERSION}")
@@ -107,6 +153,10 @@ class Manifest(msgspec.Struct, frozen=True):
             end, last = place + nbytes, name
         if end > self.extent_bytes:
             raise ProtocolError(f"manifest: {last!r} ends at byte {end} of {self.extent_bytes}")
+        if len({view.name for view in self.views}) != len(self.views):
+            raise ProtocolError("manifest: two views of one name")
+        for view in self.views:
+            self._check_view(view)
 
     def _check_tensor(self, tensor: Extent) -> None:
         expected = nbytes_of(tensor.dtype, tensor.shape)
@@ -121,12 +171,36 @@ class Manifest(msgspec.Struct, frozen=True):
             if tensor.offset < 0 or tensor.offset + tensor.nbytes > size:
                 raise ProtocolError(f"manifest: {tensor.name!r} leaves its file of {size} bytes")
 
+    def _check_view(self, view: View) -> None:
+        if not 0 <= view.extent < len(self.tensors):
+            raise ProtocolError(f"manifest: view {view.name!r} of extent {view.extent} of {len(self.tensors)}")
+        extent = self.tensors[view.extent]
+        reach = reach_of(view.shape, view.strides, view.offset)
+        if reach is None or reach > extent.nbytes // item_bytes(extent.dtype):
+            raise ProtocolError(
+                f"manifest: view {view.name!r}, {list(view.shape)} by {list(view.strides)} from {view.offset}, leaves its "
+                f"{extent.nbytes} bytes"
+            )
+
 
 def nbytes_of(dtype: str, shape: Sequence[int]) -> int | None:
-    """Bytes of a tensor; None if the dtype does not exist, a dimension is negative, or F4 elements do not fill whole bytes."""
-    bits = DTYPE_BITS.get(dtype)
-    if bits is None:
+    """Bytes of a tensor; None if the dtype does not exist, a dimension is negative, or elements do not fill whole bytes.
+
+    Rows of a quantized type consist of whole blocks.
+    """
+    elements = elements_of(shape)
+    if elements is None:
         return None
+    if dtype in BLOCKS:
+        per_block, block_bytes = BLOCKS[dtype]
+        whole = bool(shape) and shape[-1] % per_block == 0
+        return elements // per_block * block_bytes if whole else None
+    bits = DTYPE_BITS.get(dtype, LIMIT) * elements
+    return bits // 8 if dtype in DTYPE_BITS and bits < LIMIT and bits % 8 == 0 else None
+
+
+def elements_of(shape: Sequence[int]) -> int | None:
+    """How many elements a shape has; None if a dimension is negative, or the product needs more than 64 bits on the way."""
     elements = 1
     for dimension in shape:
         if not 0 <= dimension < LIMIT:
@@ -134,15 +208,55 @@ def nbytes_of(dtype: str, shape: Sequence[int]) -> int | None:
         elements *= dimension
         if elements >= LIMIT:  # as in safetensors, whose sizes have 64 bits
             return None
-    bits *= elements
-    return bits // 8 if bits < LIMIT and bits % 8 == 0 else None
+    return elements
 
 
-def place_tensors(tensors: Sequence[Extent], members: Sequence[Member], metadata: dict[str, str]) -> Manifest:
-    """The manifest of these tensors, each given its place by the layout planner."""
+def item_bytes(dtype: str) -> int:
+    """Bytes of one element as memory has them: a pair of F4, a byte of a quantized type."""
+    return max(1, DTYPE_BITS.get(dtype, 8) // 8)
+
+
+def stored_shape(dtype: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape as memory has it: pairs of F4, bytes of quantized types, along the last dimension."""
+    if dtype == "F4":
+        return (*shape[:-1], shape[-1] // 2)
+    if dtype in BLOCKS:
+        per_block, block_bytes = BLOCKS[dtype]
+        return (*shape[:-1], shape[-1] // per_block * block_bytes)
+    return tuple(shape)
+
+
+def row_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides, in elements, of a tensor that lies row by row; empty dimensions count as one, as in torch."""
+    strides = [1]
+    for size in shape[:0:-1]:
+        strides.append(strides[-1] * max(size, 1))
+    return tuple(reversed(strides)) if shape else ()
+
+
+def reach_of(shape: Sequence[int], strides: Sequence[int], offset: int) -> int | None:
+    """How many elements from the start a view needs; None if it is none: negative numbers, or not a stride a dimension."""
+    elements = elements_of(shape)
+    if elements is None or len(strides) != len(shape) or not all(0 <= number < LIMIT for number in (*strides, offset)):
+        return None
+    if not elements:
+        return offset
+    return offset + 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+def whole_view(extent: Extent, number: int) -> View:
+    """The view that is the extent of this number itself."""
+    shape = stored_shape(extent.dtype, extent.shape)
+    return View(extent.name, number, shape, row_strides(shape), 0)
+
+
+def place_tensors(
+    tensors: Sequence[Extent], members: Sequence[Member], metadata: dict[str, str], views: Sequence[View] = ()
+) -> Manifest:
+    """The manifest of these extents, each given its place by the layout planner."""
     layout = plan_layout([tensor.nbytes for tensor in tensors])
     placed = tuple(msgspec.structs.replace(tensor, place=place) for tensor, place in zip(tensors, layout.places, strict=True))
-    return Manifest(placed, tuple(members), metadata, layout.extent_bytes)
+    return Manifest(placed, tuple(members), metadata, layout.extent_bytes, views=tuple(views))
 
 
 def key_of(members: Sequence[Member]) -> str:

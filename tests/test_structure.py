@@ -63,12 +63,25 @@ INNER_RANKS: dict[str, dict[str, int]] = {
         "session": 1,
         "fill": 2,
         "slabs": 2,
+        "quantized": 1,
         "cow": 3,
         "views": 4,
         "device": 5,
         "loading": 6,
         "weights": 7,
         "api": 8,
+    },
+    "checkpoints": {
+        "content": 0,
+        "safetensors": 0,
+        "archive": 1,
+        "rebuilds": 1,
+        "unpickle": 2,
+        "gguf": 2,
+        "arrays": 2,
+        "pickled": 3,
+        "formats": 4,
+        "catalog": 5,
     },
     "memory": {"shared": 0, "driver": 0, "arena": 1, "features": 2},
     "doctor": {"findings": 0, "probes": 1, "machine": 1, "gpus": 2, "jupyter": 2, "companion": 2, "checkup": 3},
@@ -86,7 +99,7 @@ OUTSIDE = ("bench/", "demo.py", "demo_kernel.py")
 
 EDGES: dict[str, tuple[str, ...]] = {
     "torch": (
-        *(f"client/{name}.py" for name in ("tensors", "slabs", "cow", "views", "device", "loading")),
+        *(f"client/{name}.py" for name in ("tensors", "slabs", "cow", "views", "device", "loading", "quantized")),
         "models/",
         "doctor/probes.py",
         *OUTSIDE,
@@ -243,8 +256,8 @@ PLANTED = {
     ),
     "client/tensors.py": ("import nbcache.client.cow", "client.cow, which is not below it"),
     "memory/driver.py": ("from nbcache.memory.arena import Arena", "memory.arena.Arena, which is not below it"),
-    "checkpoints/x.py": ("from nbcache.bench.host import measure", "bench.host.measure, which is not below it"),
-    "checkpoints/y.py": ("def late():\n    import cuda.bindings.driver", "imports cuda"),
+    "checkpoints/gguf.py": ("from nbcache.bench.host import measure", "bench.host.measure, which is not below it"),
+    "checkpoints/arrays.py": ("def late():\n    import cuda.bindings.driver", "imports cuda"),
     "memory/arena.py": ("import cupy", "imports cupy when it is imported"),
     "client/slabs.py": ("class X:\n    import cupy", "imports cupy when it is imported"),
     "bench/gpu.py": ("def late():\n    from cuda.bindings import driver", "imports cuda"),
@@ -326,7 +339,7 @@ def modules_after(statement: str) -> set[str]:
     return set(json.loads(done.stdout))
 
 
-SLOW = ("torch", "numpy", "safetensors", "cupy", "cupyx", "cuda", "pynvml", "transformers")
+SLOW = ("torch", "numpy", "safetensors", "cupy", "cupyx", "cuda", "pynvml", "transformers", "gguf")
 
 
 @pytest.mark.parametrize(

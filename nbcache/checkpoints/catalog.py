@@ -17,7 +17,8 @@ from pathlib import Path
 
 import msgspec
 
-from nbcache.checkpoints import safetensors
+from nbcache.checkpoints.content import Content, OpenFile
+from nbcache.checkpoints.formats import FORMATS, Format, format_of, served, stem_of
 from nbcache.errors import (
     CheckpointChanged,
     CheckpointError,
@@ -27,15 +28,13 @@ from nbcache.errors import (
     CheckpointUnreadable,
     UnsupportedFormat,
 )
-from nbcache.manifest import Extent, Fingerprint, Manifest, Member, key_of, place_tensors
+from nbcache.manifest import Extent, Fingerprint, Manifest, Member, View, key_of, place_tensors, whole_view
 
-INDEX_SUFFIX = ".safetensors.index.json"
 SUFFIX = ".safetensors"
 MAX_INDEX_BYTES = 100 << 20
 PREFERRED = ("model", "diffusion_pytorch_model", "pytorch_model")
 """Stems that a folder with several checkpoints is asked for first, as transformers and diffusers do."""
 
-_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 _HUB_BLOB = re.compile(r"^[0-9a-f]{64}$")
 
 
@@ -67,7 +66,7 @@ class Description:
 
 
 def resolve(name: str) -> Checkpoint:
-    """The checkpoint at a path: a ``.safetensors`` file, a shard index, or a folder that holds either.
+    """The checkpoint at a path: a file of a format of :mod:`~nbcache.checkpoints.formats`, a shard index, or a folder with one.
 
     CheckpointNotFound, CheckpointUnreadable, CheckpointIncomplete, CheckpointInvalid (an index that is none) or
     UnsupportedFormat (another kind of file; a folder without weights, or with several kinds to choose from).
@@ -94,12 +93,22 @@ def is_unchanged(path: str, members: Sequence[Member]) -> bool:
 
 
 def _resolve_file(name: str, path: str) -> Checkpoint:
-    if path.endswith(INDEX_SUFFIX):
+    kind = format_of(path)
+    if kind is not None and path.endswith(kind.index_suffixes):
         return _resolve_index(name, path)
     member = _member(path)
-    if not path.endswith(SUFFIX):
-        raise UnsupportedFormat(f"{path}: not a {SUFFIX} file, a *{INDEX_SUFFIX} or a folder that holds one")
-    return Checkpoint(name, (member,))
+    if kind is None:
+        raise UnsupportedFormat(f"{path}: not a file that nbcache reads: {served()}, or a folder that holds one")
+    return Checkpoint(name, (member, *_split_members(path, kind)))
+
+
+def _split_members(path: str, kind: Format) -> list[Member]:
+    """The other parts of a checkpoint whose first part this is, in a format that is split without an index."""
+    parts = kind.split_parts(os.path.basename(path))
+    try:
+        return [_member(os.path.join(os.path.dirname(path), part)) for part in parts[1:]]
+    except CheckpointNotFound as error:
+        raise CheckpointIncomplete(f"{path}: one of its {len(parts)} parts is missing: {error}") from error
 
 
 def _resolve_index(name: str, path: str) -> Checkpoint:
@@ -160,21 +169,27 @@ def _choose_in(folder: str) -> str:
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise CheckpointUnreadable(f"{folder}: {error.strerror}") from error
-    stems = {n.removesuffix(INDEX_SUFFIX): n for n in names if n.endswith(INDEX_SUFFIX)}
-    stems |= {n.removesuffix(SUFFIX): n for n in names if n.endswith(SUFFIX) and not _SHARD.search(n.removesuffix(SUFFIX))}
+    for kind in FORMATS:
+        chosen = _choose_among(folder, [name for name in names if kind.may_stand_for_a_folder(name)], kind)
+        if chosen:
+            return os.path.join(folder, chosen)
+    raise CheckpointNotFound(f"{folder}: a folder without weights ({served()})")
+
+
+def _choose_among(folder: str, names: Sequence[str], kind: Format) -> str:
+    """The file of this format that a folder is loaded by, of those it holds; nothing if there is none."""
+    stems = {stem_of(name): name for name in names if not name.endswith(kind.index_suffixes) and not kind.is_shard(name)}
+    stems = {stem_of(name): name for name in names if name.endswith(kind.index_suffixes)} | stems
     if len(stems) == 1:
-        return os.path.join(folder, *stems.values())
+        return next(iter(stems.values()))
     for stem in PREFERRED:
         if stem in stems:
-            return os.path.join(folder, stems[stem])
+            return stems[stem]
     if stems:
         raise UnsupportedFormat(f"{folder}: holds several checkpoints ({', '.join(sorted(stems.values()))}); name one of them")
-    shards = [n for n in names if n.endswith(SUFFIX)]
-    if shards:
-        raise CheckpointIncomplete(
-            f"{folder}: holds {len(shards)} shards but no *{INDEX_SUFFIX}; download it, or name one shard"
-        )
-    raise CheckpointNotFound(f"{folder}: a folder without weights (no {SUFFIX} file, no *{INDEX_SUFFIX})")
+    if names:
+        raise CheckpointIncomplete(f"{folder}: holds {len(names)} shards but no {kind.whole}; download it, or name one shard")
+    return ""
 
 
 def describe(checkpoint: Checkpoint) -> Description:
@@ -185,18 +200,35 @@ def describe(checkpoint: Checkpoint) -> Description:
     """
     with ExitStack() as stack:
         files = tuple(_open(member, stack) for member in checkpoint.members)
-        tensors: list[Extent] = []
-        metadata: dict[str, str] = {}
+        contents: list[tuple[int, Content]] = []
         for number, (member, fd) in enumerate(zip(checkpoint.members, files, strict=True)):
             if checkpoint.index is not None and number == 0:
                 continue  # the index itself
-            header = safetensors.read_header(fd, member.path, member.fingerprint.size_bytes)
-            metadata |= header.metadata
-            tensors += [safetensors.extent(tensor, number, member.path) for tensor in header.tensors]
-        if checkpoint.index is not None:
-            _check_index(checkpoint, checkpoint.index, tensors)
-        return Description(place_tensors(tensors, checkpoint.members, metadata), files, stack.pop_all())
+            kind = format_of(member.path)
+            if kind is None:
+                raise UnsupportedFormat(f"{member.path}: not a file that nbcache reads: {served()}")
+            contents.append((number, kind.read(OpenFile(fd, member.path, member.fingerprint.size_bytes))))
+        manifest = _manifest(checkpoint, contents)
+        return Description(manifest, files, stack.pop_all())
     raise AssertionError("unreachable")
+
+
+def _manifest(checkpoint: Checkpoint, contents: Sequence[tuple[int, Content]]) -> Manifest:
+    """The manifest of what the member files of these numbers hold."""
+    tensors: list[Extent] = []
+    views: list[View] = []
+    metadata: dict[str, str] = {}
+    with_views = any(content.views for _, content in contents)
+    for number, content in contents:
+        first = len(tensors)
+        metadata |= content.metadata
+        tensors += [msgspec.structs.replace(tensor, file=number) if number else tensor for tensor in content.tensors]
+        if with_views:
+            own = content.views or map(whole_view, content.tensors, range(len(content.tensors)))
+            views += [msgspec.structs.replace(view, extent=view.extent + first) for view in own]
+    names = [(view.name, tensors[view.extent].file) for view in views] or [(tensor.name, tensor.file) for tensor in tensors]
+    _check_names(checkpoint, names)
+    return place_tensors(tensors, checkpoint.members, metadata, views)
 
 
 def _open(member: Member, stack: ExitStack) -> int:
@@ -212,13 +244,16 @@ def _open(member: Member, stack: ExitStack) -> int:
     return fd
 
 
-def _check_index(checkpoint: Checkpoint, index: Mapping[str, str], tensors: list[Extent]) -> None:
-    path = checkpoint.members[0].path
+def _check_names(checkpoint: Checkpoint, names: Sequence[tuple[str, int]]) -> None:
+    """Each name once, and where there is an index, each in the shard that it promises."""
+    path, files = checkpoint.members[0].path, dict(names)
+    if len(files) != len(names):
+        raise CheckpointInvalid(f"{path}: two tensors of the same name")
+    if checkpoint.index is None:
+        return
     shards = [os.path.relpath(member.path, os.path.dirname(path)) for member in checkpoint.members]
-    found = {tensor.name: shards[tensor.file] for tensor in tensors}
-    if len(found) != len(tensors):
-        raise CheckpointInvalid(f"{path}: two shards hold a tensor of the same name")
-    missing = [name for name, shard in index.items() if found.get(name) != os.path.normpath(shard)]
+    index = checkpoint.index
+    missing = [name for name, shard in index.items() if name not in files or shards[files[name]] != os.path.normpath(shard)]
     if missing:
         first = missing[0]
         raise CheckpointIncomplete(

@@ -46,8 +46,10 @@ def load(
 
     Parameters
     ----------
-    name : the name of a saved entry, or the path of a ``.safetensors`` file, of a ``*.safetensors.index.json``, or of a folder
-        that holds either
+    name : the name of a saved entry, or the path of a checkpoint: a ``.safetensors`` file; one of ``torch.save`` (``.pt``,
+        ``.pth``, ``.bin``, ``.ckpt``: as ``torch.load`` gives it, nested names joined by dots, what is no tensor in
+        ``metadata``); ``.gguf`` (quantized tensors as bytes, see :attr:`Weights.quant_types`); ``.npy``, ``.npz``; the index of
+        a sharded one (``*.safetensors.index.json``, ``*.bin.index.json``); or a folder that holds one of them
     device : where to; None means cuda where there is one, else cpu
     dtype : what floating-point tensors are cast to (a private copy of each that differs); None leaves the file's own
     share : ``cow``: shared with the cache, a write is seen by this process alone; ``readonly``: the same on a CPU; ``private``:

@@ -24,7 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from nbcache.client import tensors as edge
 from nbcache.client.notices import CopyOnWriteUnavailable, notify
 from nbcache.client.slabs import SlabMap, plain_tensors
-from nbcache.manifest import Manifest
+from nbcache.manifest import Manifest, stored_shape
 
 _MISSING = [
     name
@@ -74,7 +74,7 @@ class Adoption:
         assert self._slab is not None
         start, private = self._slab.address, 0
         found: dict[str, torch.Tensor] = {}
-        dtypes, shape_of = edge.dtypes_of(manifest), edge.torch_shape
+        dtypes, shape_of = edge.dtypes_of(manifest), stored_shape
         empty, clone_of, device, keep = torch.empty, torch._lazy_clone, self._device, self.bases.append
         with torch.cuda.use_mem_pool(self.pool, device):
             for extent in sorted(manifest.tensors, key=_place):
@@ -134,7 +134,7 @@ def adopt(slab: SlabMap, manifest: Manifest, device: torch.device) -> tuple[dict
         copies, _ = _copied(slab, manifest, device)
         tensors = copies | tensors
     else:
-        tensors = {extent.name: tensors[extent.name] for extent in manifest.tensors}  # in file order again
+        tensors = {extent.name: tensors[extent.name] for extent in manifest.tensors}  # in the manifest's order again
     _adoptions.append(adoption)
     return tensors, private
 

@@ -23,7 +23,7 @@ from nbcache.client.session import ProgressCallback, Session, expect
 from nbcache.client.slabs import SlabMap
 from nbcache.client.views import CudaViews, Views
 from nbcache.errors import EntryNotFound, InvalidOption, ProtocolError
-from nbcache.manifest import Extent, Manifest, nbytes_of, place_tensors
+from nbcache.manifest import Extent, Manifest, nbytes_of, place_tensors, stored_shape
 from nbcache.memory.driver import Access, Driver, Gpu, Mapped, open_driver
 from nbcache.protocol import messages as m
 
@@ -82,7 +82,7 @@ class Device:
         except BaseException:
             grant.close()
             raise
-        return self._loaded(grant, made, share)
+        return self._loaded(grant, made, layout, share)
 
     def _make(self, fd: int, session: Session, layout: Manifest, share: Share) -> _Made:
         """Map a slab read-only and make its tensors. Queued after what is queued already; waits for nothing."""
@@ -96,11 +96,10 @@ class Device:
             copies = self._views.private(slab, layout)
             return _Made(copies, sum(tensor.nbytes for tensor in copies.values()), slab)
 
-    def _loaded(self, grant: Grant, made: _Made, share: Share) -> Loaded:
+    def _loaded(self, grant: Grant, made: _Made, layout: Manifest, share: Share) -> Loaded:
         kept = None if share == "private" else made.slab  # private tensors need no lease
-        return Loaded(
-            made.tensors, grant.key, grant.name, self._name, grant.manifest.metadata, made.private_bytes, grant.hit, kept
-        )
+        tensors = edge.arrange(made.tensors, layout)
+        return Loaded(tensors, grant.key, grant.name, self._name, layout, made.private_bytes, grant.hit, kept)
 
     def _fill(self, offer: Offer, layout: Manifest, share: Share, on_progress: ProgressCallback | None) -> Loaded:
         """Fill the slab that was offered, and commit it. If another client was quicker, hold what it filled.
@@ -139,7 +138,7 @@ class Device:
             del made  # or the traceback would keep what was refused
             raise
         os.close(grant.take_fd())
-        return self._loaded(grant, made, share)
+        return self._loaded(grant, made, layout, share)
 
     def _copy(self, target: int, blocks: Iterator[Mapped]) -> None:
         """One straight copy a block."""
@@ -187,7 +186,7 @@ class Device:
                 at += size
             if extent.nbytes:
                 raw = scratch[: extent.nbytes].view(edge.torch_dtype(extent))
-                views[extent.name].copy_(raw.view(edge.torch_shape(extent.dtype, extent.shape)))
+                views[extent.name].copy_(raw.view(stored_shape(extent.dtype, extent.shape)))
 
 
 def _unmap_later(mapped: list[Mapped]) -> None:
@@ -207,7 +206,7 @@ def cast_manifest(manifest: Manifest, dtype: str) -> Manifest:
     tensors = [_cast_extent(tensor, dtype) for tensor in manifest.tensors]
     if all(new is old for new, old in zip(tensors, manifest.tensors, strict=True)):
         return manifest
-    return msgspec.structs.replace(place_tensors(tensors, (), manifest.metadata), members=manifest.members)
+    return msgspec.structs.replace(place_tensors(tensors, (), manifest.metadata, manifest.views), members=manifest.members)
 
 
 def _cast_extent(tensor: Extent, dtype: str) -> Extent:

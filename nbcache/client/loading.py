@@ -66,7 +66,8 @@ def over_host(grant: Grant, device: torch.device, dtype: torch.dtype | None, pri
         if private or dtype is not None or device.type != "cpu":
             given = edge.convert(mapped, device, dtype, copy=private)
         private_bytes = sum(tensor.nbytes for name, tensor in given.items() if tensor is not mapped[name])
-        return Loaded(given, grant.key, grant.name, device, grant.manifest.metadata, private_bytes, grant.hit)
+        tensors = edge.arrange(given, grant.manifest)
+        return Loaded(tensors, grant.key, grant.name, device, grant.manifest, private_bytes, grant.hit)
     except BaseException:
         grant.close()
         raise

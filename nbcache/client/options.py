@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from nbcache.errors import InvalidOption
+from nbcache.manifest import Manifest, item_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,16 @@ class Loaded:
     key: str
     name: str
     device: torch.device
-    metadata: Mapping[str, str]
+    manifest: Manifest
     private_bytes: int
     hit: bool
     slab: SlabMap | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors; what lies below several of them counts once."""
+        if not self.manifest.views:
+            return sum(tensor.nbytes for tensor in self.tensors.values())
+        items = {view.extent: self.tensors[view.name].element_size() for view in self.manifest.views}
+        extents = {number: self.manifest.tensors[number] for number in items}
+        return sum(size * (extents[number].nbytes // item_bytes(extents[number].dtype)) for number, size in items.items())

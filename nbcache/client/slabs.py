@@ -13,14 +13,13 @@ import os
 import weakref
 from collections.abc import Callable
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
 import torch
 
 from nbcache.client import tensors as edge
 from nbcache.client.session import Session
-from nbcache.manifest import Extent, Manifest
+from nbcache.manifest import Extent, Manifest, row_strides, stored_shape, whole_view
 from nbcache.memory.driver import Mapped
 
 
@@ -47,13 +46,16 @@ class SlabMap:
 
         memory = cupy.cuda.UnownedMemory(self.address, self.size_bytes, self, self._device)
         arrays = {}
-        for extent in self.manifest.tensors:
+        extents = self.manifest.tensors
+        for view in self.manifest.views or map(whole_view, extents, range(len(extents))):
+            extent = extents[view.extent]
             dtype = cupy.dtype(_CUPY_DTYPES.get(extent.dtype) or f"u{edge.torch_dtype(extent).itemsize}")
-            shape = edge.torch_shape(extent.dtype, extent.shape)
             if extent.nbytes:
-                arrays[extent.name] = cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, extent.place))
+                pointer = cupy.cuda.MemoryPointer(memory, extent.place + view.offset * dtype.itemsize)
+                strides = tuple(stride * dtype.itemsize for stride in view.strides)
+                arrays[view.name] = cupy.ndarray(view.shape, dtype, pointer, strides)
             else:
-                arrays[extent.name] = cupy.empty(shape, dtype)
+                arrays[view.name] = cupy.empty(view.shape, dtype)
         return arrays
 
 
@@ -101,7 +103,7 @@ def _viewer(slab: SlabMap, manifest: Manifest, device: torch.device) -> Callable
     typed = {name: whole.view(dtype) for name, dtype in edge.dtypes_of(manifest).items()}
 
     def view(extent: Extent) -> torch.Tensor:
-        base, shape = typed[extent.dtype], edge.torch_shape(extent.dtype, extent.shape)
+        base, shape = typed[extent.dtype], stored_shape(extent.dtype, extent.shape)
         if not extent.nbytes:
             return torch.empty(shape, dtype=base.dtype, device=device)
         return base.as_strided(shape, _strides(shape), extent.place // base.itemsize)
@@ -109,10 +111,8 @@ def _viewer(slab: SlabMap, manifest: Manifest, device: torch.device) -> Callable
     return view
 
 
-@lru_cache(1024)  # a model has thousands of tensors, of few shapes
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Those of a contiguous tensor."""
-    return tuple(accumulate(shape[:0:-1], operator.mul, initial=1))[::-1] if shape else ()
+_strides = lru_cache(1024)(row_strides)
+"""A model has thousands of tensors, of few shapes."""
 
 
 def private_tensors(slab: SlabMap, manifest: Manifest, device: torch.device) -> dict[str, torch.Tensor]:

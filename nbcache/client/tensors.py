@@ -12,30 +12,23 @@ import msgspec
 import torch
 
 from nbcache.errors import InvalidOption, UnsupportedFormat
-from nbcache.manifest import Extent, Manifest, nbytes_of, place_tensors
+from nbcache.manifest import BLOCKS, TORCH_NAMES, Extent, Manifest, nbytes_of, place_tensors, stored_shape
 
-_TORCH_NAMES = {
-    "F4": "float4_e2m1fn_x2", "BOOL": "bool", "U8": "uint8", "I8": "int8",
-    "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "I16": "int16", "U16": "uint16", "F16": "float16", "BF16": "bfloat16",
-    "I32": "int32", "U32": "uint32", "F32": "float32", "C32": "complex32",
-    "I64": "int64", "U64": "uint64", "F64": "float64", "C64": "complex64", "C128": "complex128",
-}  # fmt: skip
-
-TORCH_DTYPES: dict[str, torch.dtype] = {
-    name: getattr(torch, torch_name) for name, torch_name in _TORCH_NAMES.items() if hasattr(torch, torch_name)
+_TORCH_DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, torch_name) for name, torch_name in TORCH_NAMES.items() if hasattr(torch, torch_name)
 }
-"""Torch's dtype for each of a manifest's; an old torch lacks some."""
+
+TORCH_DTYPES: dict[str, torch.dtype] = _TORCH_DTYPES | dict.fromkeys(BLOCKS, torch.uint8)
+"""Torch's dtype for each of a manifest's; an old torch lacks some. Quantized types are bytes to it."""
 
 EMULATED = bool(os.environ.get("NBCACHE_TEST_DRIVER"))
 """Whether the tests' emulated GPU driver stands in for a real one."""
 
-_MANIFEST_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_MANIFEST_DTYPES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
 
 
 def attach(manifest: Manifest, area: mmap.mmap) -> dict[str, torch.Tensor]:
-    """A tensor over each extent of a mapped entry, in file order; nothing is copied.
+    """A tensor over each extent of a mapped entry, in the manifest's order; nothing is copied.
 
     Each has a storage of its own, exactly as long as the tensor, that keeps ``area`` alive: saving or sharing one of them
     saves that one only. UnsupportedFormat if this torch lacks a dtype.
@@ -46,11 +39,11 @@ def attach(manifest: Manifest, area: mmap.mmap) -> dict[str, torch.Tensor]:
         for name, dtype_name, shape, _, _, nbytes, place in map(astuple, manifest.tensors):
             dtype = dtypes[dtype_name]
             if not nbytes:
-                tensors[name] = torch.empty(torch_shape(dtype_name, shape), dtype=dtype)
+                tensors[name] = torch.empty(stored_shape(dtype_name, shape), dtype=dtype)
                 continue
             tensor = frombuffer(area, dtype=dtype, count=nbytes // dtype.itemsize, offset=place)
             if len(shape) != 1:  # in place: a view would tie the tensor to a base
-                tensor.resize_(torch_shape(dtype_name, shape))
+                tensor.resize_(stored_shape(dtype_name, shape))
             tensors[name] = tensor
     except KeyError as error:
         raise UnsupportedFormat(f"tensor {name!r} has dtype {error.args[0]}, which torch {torch.__version__} lacks") from error
@@ -67,6 +60,19 @@ def uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def arrange(below: dict[str, torch.Tensor], manifest: Manifest) -> dict[str, torch.Tensor]:
+    """The tensors of a manifest over those of its extents: the same dict where each extent is a tensor.
+
+    Tensors that share an extent share memory, as in a stock load; each is an object of its own.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for view in manifest.views:
+        base = below[manifest.tensors[view.extent].name]
+        over = torch.empty(0, dtype=base.dtype, device=base.device)
+        found[view.name] = over.set_(base.untyped_storage(), base.storage_offset() + view.offset, view.shape, view.strides)
+    return found or below
 
 
 def torch_dtype(extent: Extent) -> torch.dtype:
@@ -90,11 +96,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     if dtype not in _MANIFEST_DTYPES:
         raise InvalidOption(f"dtype {dtype}: nbcache has no such dtype")
     return _MANIFEST_DTYPES[dtype]
-
-
-def torch_shape(dtype_name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Torch counts pairs of F4 elements, in the last dimension."""
-    return (*shape[:-1], shape[-1] // 2) if dtype_name == "F4" else shape
 
 
 def resolve_device(device: object) -> torch.device:
@@ -210,4 +211,5 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], manifest: Manifest, area:
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    flat = tensor.contiguous().reshape(-1)
+    return (flat if flat.numel() != 1 else flat.as_strided((1,), (1,))).view(torch.uint8)  # one element may have any stride

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 import sys
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbcache.client.options import Loaded, Options, Share
 from nbcache.errors import InvalidOption, WeightsReleased
+from nbcache.manifest import BLOCKS
 from nbcache.units import format_size
 
 if TYPE_CHECKING:
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 class Weights(Mapping[str, "torch.Tensor"]):
-    """Tensors of one cached entry, in file order. Get it from :func:`nbcache.load` or :func:`nbcache.put`.
+    """Tensors of one cached entry, in the checkpoint's order. Get it from :func:`nbcache.load` or :func:`nbcache.put`.
 
-    The tensors of a ``cow`` load share memory with the cache; writing to one changes it for this process alone. The lease on
-    the entry ends when the last of them and this object are gone. Pickles by reference: in another process of this user it
-    attaches to the same bytes again (EntryNotFound if they are gone by then), so ``torch.save`` of it saves no weights; save
-    ``dict(weights)``.
+    The tensors of a ``cow`` load share memory with the cache; writing to one changes it for this process alone, and with it the
+    tensors that share its memory in the file. The lease on the entry ends when the last of them and this object are gone.
+    Pickles by reference: in another process of this user it attaches to the same bytes again (EntryNotFound if they are gone by
+    then), so ``torch.save`` of it saves no weights; save ``dict(weights)``.
 
     Attributes
     ----------
@@ -41,11 +41,12 @@ class Weights(Mapping[str, "torch.Tensor"]):
         self._key = loaded.key
         self._options = options
         self.name = loaded.name
-        self.nbytes = sum(map(operator.attrgetter("nbytes"), loaded.tensors.values()))
+        self.nbytes = loaded.nbytes
         self.device = loaded.device
-        self.metadata: Mapping[str, str] = MappingProxyType(dict(loaded.metadata))
+        self.metadata: Mapping[str, str] = MappingProxyType(dict(loaded.manifest.metadata))
         self.private_bytes = loaded.private_bytes
         self.hit = loaded.hit
+        self._manifest = loaded.manifest
 
     def _live(self) -> dict[str, torch.Tensor]:
         if self._tensors is None:
@@ -71,6 +72,22 @@ class Weights(Mapping[str, "torch.Tensor"]):
         if self._slab is None:
             raise InvalidOption(f"{self.name}: on {self.device}, without a slab; load it with device='cuda' for CuPy arrays")
         return self._slab.cupy_arrays()
+
+    @property
+    def quant_types(self) -> dict[str, str]:
+        """The quant type (``Q4_K``, ...) of each tensor that is quantized; its bytes are what the mapping gives. GGUF alone."""
+        return {extent.name: extent.dtype for extent in self._manifest.tensors if extent.dtype in BLOCKS}
+
+    def dequantize(self, dtype: str | torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """Ordinary tensors, with the quantized ones computed, in private memory; the others as they are.
+
+        ``dtype`` is what floating-point tensors are cast to; None gives float32 for what was quantized. The gguf package
+        computes on the CPU; results go to where the weights are. PackageMissing without it, UnsupportedFormat for a type that
+        it does not compute, InvalidOption, WeightsReleased.
+        """
+        from nbcache.client.quantized import dequantize
+
+        return dequantize(self._live(), self._manifest, dtype)
 
     @property
     def released(self) -> bool:

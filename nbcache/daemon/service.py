@@ -282,5 +282,5 @@ def _new_entry(key: str, name: str, provenance: str, manifest: Manifest) -> Entr
         source=tuple(member.path for member in manifest.members),
         bytes=manifest.nbytes,
         extent_bytes=manifest.extent_bytes,
-        tensors=len(manifest.tensors),
+        tensors=manifest.count,
     )

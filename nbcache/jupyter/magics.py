@@ -52,7 +52,11 @@ class NBCacheMagics(Magics):
 
     @_one_line_errors
     @magic_arguments()
-    @argument("name", metavar="NAME", help="A saved name, or the path of a .safetensors file, a shard index or a folder.")
+    @argument(
+        "name",
+        metavar="NAME",
+        help="A saved name, or the path of a checkpoint (.safetensors, .pt, .bin, .gguf, .npz, ...) or a folder.",
+    )
     @argument("--as", dest="variable", metavar="VAR", help="Bind this variable and print a summary, instead of returning.")
     @argument("--device", help="cpu, cuda, cuda:1, ... Default: cuda where there is one, else cpu.")
     @argument("--dtype", help="Cast floating-point tensors, such as bfloat16. Default: as in the file.")

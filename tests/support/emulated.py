@@ -48,12 +48,13 @@ class EmulatedViews:
         import torch
 
         from nbcache.client import tensors as edge
+        from nbcache.manifest import stored_shape
 
         area = (ctypes.c_ubyte * slab.size_bytes).from_address(slab.address)
         area.slab = slab
         found = {}
         for extent in manifest.tensors:
-            dtype, shape = edge.torch_dtype(extent), edge.torch_shape(extent.dtype, extent.shape)
+            dtype, shape = edge.torch_dtype(extent), stored_shape(extent.dtype, extent.shape)
             if not extent.nbytes:
                 found[extent.name] = torch.empty(shape, dtype=dtype)
                 continue

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nbcache.checkpoints.catalog import MAX_INDEX_BYTES, Checkpoint, describe, resolve
+from nbcache.checkpoints.catalog import MAX_INDEX_BYTES, Checkpoint, describe, locate, resolve
 from nbcache.config import SocketAddress
 from nbcache.errors import (
     CheckpointChanged,
@@ -162,12 +162,47 @@ def test_a_folder_with_several_checkpoints_asks_which(tmp_path):
     refused(UnsupportedFormat, tmp_path, re.escape("a.safetensors, b.safetensors"))
 
 
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (["pytorch_model.bin", "training_args.bin", "optimizer.bin", "other.pt"], "pytorch_model.bin"),
+        (["only.bin"], "only.bin"),
+        (["pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"], "pytorch_model.bin.index.json"),
+        (["diffusion_pytorch_model.bin", "x.bin"], "diffusion_pytorch_model.bin"),
+        (["a-Q4_K.gguf", "a.npz"], "a-Q4_K.gguf"),
+        (["a-00001-of-00002.gguf", "a-00002-of-00002.gguf"], "a-00001-of-00002.gguf"),
+        (["pytorch_model.bin", "a.gguf"], "pytorch_model.bin"),
+        (["anything.safetensors", "pytorch_model.bin"], "anything.safetensors"),
+    ],
+)
+def test_a_folder_is_asked_for_one_format_after_the_other(tmp_path, names, chosen):
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    assert locate(str(tmp_path)) == str(tmp_path / chosen)
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "pattern"),
+    [
+        (["a.gguf", "b.gguf"], UnsupportedFormat, r"several checkpoints \(a\.gguf, b\.gguf\)"),
+        (["a.bin", "b.bin"], UnsupportedFormat, r"several checkpoints \(a\.bin, b\.bin\)"),
+        (["a-00002-of-00002.gguf"], CheckpointIncomplete, "1 shards but no first part"),
+        (["pytorch_model-00001-of-00002.bin"], CheckpointIncomplete, r"1 shards but no \*\.bin\.index\.json"),
+        (["training_args.bin", "a.npz", "a.pt"], CheckpointNotFound, "without weights"),
+    ],
+)
+def test_a_folder_that_leaves_open_what_to_load_says_so(tmp_path, names, error, pattern):
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    refused(error, tmp_path, pattern)
+
+
 def test_shards_without_an_index_are_incomplete(tmp_path):
     write_sharded(tmp_path).unlink()
     refused(CheckpointIncomplete, tmp_path, "2 shards but no")
 
 
-@pytest.mark.parametrize("name", ["weights.bin", "weights.pt", "model.gguf", "weights", "safetensors"])
+@pytest.mark.parametrize("name", ["weights", "safetensors", "gguf", "weights.h5", "weights.onnx", "model.pt.zip"])
 def test_another_kind_of_file_is_unsupported(tmp_path, name):
     (tmp_path / name).write_bytes(b"PK\x03\x04")
     refused(UnsupportedFormat, tmp_path / name)

@@ -18,6 +18,7 @@ from nbcache.manifest import (
     Fingerprint,
     Manifest,
     Member,
+    View,
     decode_manifest,
     encode_manifest,
     key_of,
@@ -89,6 +90,35 @@ LIES = {
     "beyond the file": (lambda m: edited(m, offset=941), "leaves its file of 1000"),
     "before the file": (lambda m: edited(m, offset=-1), "leaves its file"),
 }
+
+
+def viewed(manifest, **fields):
+    """The manifest with one view of its first tensor, 15 elements, with these fields."""
+    view = msgspec.structs.replace(View("v", 0, (5, 3), (1, 5), 0), **fields)
+    return msgspec.structs.replace(manifest, views=(view,))
+
+
+LIES |= {
+    "a view of no extent": (lambda m: viewed(m, extent=9), "view 'v' of extent 9 of"),
+    "a view of a negative extent": (lambda m: viewed(m, extent=-1), "view 'v' of extent -1"),
+    "a view beyond its extent": (lambda m: viewed(m, offset=1), r"view 'v', \[5, 3\] by \[1, 5\] from 1, leaves its 60 bytes"),
+    "a view before its extent": (lambda m: viewed(m, offset=-1), "view 'v'"),
+    "a view of larger strides": (lambda m: viewed(m, strides=(1, 6)), "view 'v'"),
+    "a view of negative strides": (lambda m: viewed(m, strides=(1, -5)), "view 'v'"),
+    "a view of negative shape": (lambda m: viewed(m, shape=(-5, -3)), "view 'v'"),
+    "a view of too few strides": (lambda m: viewed(m, strides=(1,)), "view 'v'"),
+    "an immense view": (lambda m: viewed(m, shape=(1 << 40, 1 << 40), strides=(0, 0)), "view 'v'"),
+    "an empty view far away": (lambda m: viewed(m, shape=(0,), strides=(1,), offset=16), "view 'v'"),
+    "one view twice": (lambda m: msgspec.structs.replace(m, views=viewed(m).views * 2), "two views of one name"),
+}
+
+
+def test_honest_views_pass_and_are_what_counts():
+    manifest = viewed(honest())
+    manifest.check()
+    assert (manifest.count, honest().count) == (1, len(honest().tensors))
+    assert decode_manifest(encode_manifest(manifest)) == manifest
+    viewed(honest(), shape=(1 << 40,), strides=(0,), offset=14).check()
 
 
 @pytest.mark.parametrize(("lie", "message"), LIES.values(), ids=LIES.keys())
