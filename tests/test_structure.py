@@ -70,6 +70,7 @@ INNER_RANKS: dict[str, dict[str, int]] = {
         "api": 8,
     },
     "memory": {"shared": 0, "driver": 0, "arena": 1},
+    "models": {"points": 0, "served": 0, "service": 1, "hooks": 2},
 }
 """The same rule within a part: a module imports those of lower ranks alone."""
 
@@ -327,7 +328,15 @@ SLOW = ("torch", "numpy", "safetensors", "cupy", "cupyx", "cuda", "pynvml", "tra
 
 @pytest.mark.parametrize(
     "module",
-    ["nbcache", "nbcache.cli", "nbcache.bench", "nbcache.daemon.lifecycle", "nbcache.client.api", "nbcache.jupyter.magics"],
+    [
+        "nbcache",
+        "nbcache.cli",
+        "nbcache.bench",
+        "nbcache.daemon.lifecycle",
+        "nbcache.client.api",
+        "nbcache.jupyter.magics",
+        "nbcache.models.hooks",
+    ],
 )
 def test_starting_does_not_import_torch(module):
     loaded = modules_after(f"import {module}")
@@ -353,8 +362,8 @@ def test_the_probe_sees_torch_when_it_is_there():
 
 
 SURFACE = {
-    "NBCacheError", "Weights", "__version__", "errors", "evict", "evict_all", "free_gpu", "load", "pin", "put", "status",
-    "unpin",
+    "NBCacheError", "Weights", "__version__", "disable", "enable", "enabled", "errors", "evict", "evict_all", "free_gpu",
+    "load", "pin", "put", "status", "unpin",
 }  # fmt: skip
 
 
@@ -367,12 +376,14 @@ def test_the_public_surface_is_exactly_what_is_documented():
 def test_every_public_name_is_there_documented_and_one_object():
     from nbcache import errors
     from nbcache.client import api, weights
+    from nbcache.models import hooks
 
     for name in SURFACE - {"__version__"}:
         assert getattr(nbcache, name).__doc__, name
     assert nbcache.load is api.load
     assert nbcache.put is api.put
     assert nbcache.free_gpu is api.free_gpu
+    assert nbcache.enable is hooks.enable
     assert nbcache.Weights is weights.Weights
     assert nbcache.errors is errors
     assert nbcache.NBCacheError is errors.NBCacheError
@@ -386,5 +397,5 @@ def test_a_name_that_is_not_public_is_an_attribute_error():
 
 def test_the_package_names_itself_in_its_docstring_functions():
     """The module's docstring presents the functions that a user calls."""
-    for name in ("load", "put", "status", "evict", "pin", "unpin"):
+    for name in ("load", "put", "status", "evict", "pin", "unpin", "enable", "disable", "enabled"):
         assert f":func:`{name}`" in nbcache.__doc__
