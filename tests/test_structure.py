@@ -268,7 +268,7 @@ def test_a_planted_violation_is_seen(tmp_path, path, planted):
     [
         ("client/tensors.py", "import torch"),
         ("client/loading.py", "import torch\nfrom nbcache.client.device import find_device"),
-        ("models/lora.py", "from torch import nn"),
+        ("models/service.py", "from torch import nn"),
         ("client/weights.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\n    import nbcache.cli"),
         (
             "client/options.py",

@@ -1,1 +1,1 @@
-"""Whole models: what stands between the cache and the libraries that make models of weights."""
+"""Whole models out of cached weights: pipelines of diffusers, models of diffusers and transformers, single files."""

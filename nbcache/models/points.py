@@ -56,10 +56,11 @@ POINTS: tuple[Point, ...] = (
     Point("peft.utils.loftq_utils", "safe_open", "safe_open"),
     Point("peft.tuners.shadow.model", "load_file", "load_file", since="0.21"),
     Point("diffusers.loaders.ip_adapter", "safe_open", "safe_open"),
+    Point("diffusers.quantizers.torchao.torchao_quantizer", "safe_open", "safe_open", since="0.36"),
     # What decides where tensors go.
     Point("transformers.modeling_utils", "caching_allocator_warmup", "warmup", since="4.50"),
     Point("transformers.modeling_utils", "convert_and_load_state_dict_in_model", "convert", since="5"),
-    Point("diffusers.models.modeling_utils", "load_model_dict_into_meta", "place"),
+    Point("diffusers.models.modeling_utils", "_caching_allocator_warmup", "warmup", since="0.36"),
     Point("diffusers.models.model_loading_utils", "load_model_dict_into_meta", "place"),
 )
 

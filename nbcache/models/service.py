@@ -95,11 +95,14 @@ class Service:
             return ServedFile(self.fetch, source, target, opened, lambda: opened)
         return ServedFile(self.fetch, source, target, opened, lambda: stock(filename, framework, device, **options))
 
-    def warmup(self, stock: Stock, model: Any, device_map: Any, quantizer: Any = None, *rest: Any) -> Any:  # noqa: ANN401
-        """Transformers' ``caching_allocator_warmup``: a model that comes as a slab needs no memory of torch's beside it."""
-        if quantizer is None and _only_gpu(device_map.values()) is not None:
+    def warmup(self, stock: Stock, model: Any, device_map: Any, *rest: Any) -> Any:  # noqa: ANN401
+        """``caching_allocator_warmup``: a model that comes as a slab needs no memory of torch's beside it.
+
+        Of transformers and diffusers; the last argument of both is a quantizer.
+        """
+        if rest[-1:] == (None,) and _only_gpu(device_map.values()) is not None:
             return None
-        return stock(model, device_map, quantizer, *rest)
+        return stock(model, device_map, *rest)
 
     def convert(self, stock: Stock, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Transformers' ``convert_and_load_state_dict_in_model``: what goes to one GPU as a whole is had there at once."""
