@@ -1,4 +1,4 @@
-"""Whether the table of patch points is true of the packages that are installed. Imports them, so run it in a process of its own."""
+"""Whether the table of patch points is true of the installed packages. Imports them, so run it in a process of its own."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,14 @@ def clip() -> nn.Module:
 def vae(channels: int) -> nn.Module:
     from diffusers import AutoencoderKL
 
-    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
     return AutoencoderKL(
-        **blocks, block_out_channels=(4,), norm_num_groups=4, latent_channels=channels, sample_size=32, shift_factor=0.1
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        block_out_channels=(4,),
+        norm_num_groups=4,
+        latent_channels=channels,
+        sample_size=32,
+        shift_factor=0.1,
     )
 
 
@@ -136,64 +142,91 @@ def make_all(root: Path) -> None:
         make(root / name)
 
 
-def run_pipeline(pipe: Any, **inputs: torch.Tensor) -> Any:
-    pipe.set_progress_bar_config(disable=True)
-    noise = torch.Generator().manual_seed(0)
-    return pipe(**inputs, height=32, width=32, num_inference_steps=2, generator=noise, output_type="np").images
+@dataclass(frozen=True)
+class Loader:
+    """Loads models by their libraries' own functions, and says what came of it.
 
+    ``own_memory`` moves the weights to memory that torch allocated before anything is computed: a stock loader leaves them
+    where the file's header happens to end, and there some CPU kernels compute differently, in the last bit.
+    """
 
-def digest_flux(folder: Path, **options: Any) -> Digest:
-    from diffusers import FluxPipeline
+    root: Path
+    minilm: Path
+    own_memory: bool = False
 
-    pipe = FluxPipeline.from_pretrained(folder, tokenizer=None, tokenizer_2=None, **options)
-    inputs = {"prompt_embeds": embeds(8, 32), "pooled_prompt_embeds": embeds(32)}
-    pipe.text_encoder_2(torch.arange(8).view(1, 8))
-    return digest(modules(pipe), run_pipeline(pipe, **{n: x.to(pipe.transformer.dtype) for n, x in inputs.items()}))
+    def all(self) -> dict[str, Digest]:
+        torch.manual_seed(0)
+        return {
+            "flux": self.flux(),
+            "flux in bfloat16": self.flux(torch_dtype=torch.bfloat16),
+            "flux by way of load_state_dict": self.flux(low_cpu_mem_usage=False),
+            "sd": self.sd(),
+            "bert": self.encoder(self.root / "bert"),
+            "llama": self.causal("llama"),
+            "llama in bfloat16": self.causal("llama", dtype=torch.bfloat16),
+            "gpt2": self.causal("gpt2"),
+            "adapter": self.adapter(),
+            "minilm": self.encoder(self.minilm),
+        }
 
+    def flux(self, **options: Any) -> Digest:
+        from diffusers import FluxPipeline
 
-def digest_sd(folder: Path, **options: Any) -> Digest:
-    from diffusers import StableDiffusionPipeline
+        pipe = FluxPipeline.from_pretrained(self.root / "flux", tokenizer=None, tokenizer_2=None, **options)
+        inputs = {"prompt_embeds": embeds(8, 32), "pooled_prompt_embeds": embeds(32)}
+        return self.pipeline(pipe, {name: tensor.to(pipe.transformer.dtype) for name, tensor in inputs.items()})
 
-    pipe = StableDiffusionPipeline.from_pretrained(folder, tokenizer=None, **options)
-    inputs = {"prompt_embeds": embeds(77, 32), "negative_prompt_embeds": -embeds(77, 32)}
-    return digest(modules(pipe), run_pipeline(pipe, **inputs))
+    def sd(self) -> Digest:
+        from diffusers import StableDiffusionPipeline
 
+        pipe = StableDiffusionPipeline.from_pretrained(self.root / "sd", tokenizer=None)
+        return self.pipeline(pipe, {"prompt_embeds": embeds(77, 32), "negative_prompt_embeds": -embeds(77, 32)})
 
-def digest_encoder(folder: Path, **options: Any) -> Digest:
-    from transformers import AutoModel
+    def pipeline(self, pipe: Any, inputs: dict[str, torch.Tensor]) -> Digest:
+        parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+        self.settle(parts)
+        pipe.set_progress_bar_config(disable=True)
+        noise = torch.Generator().manual_seed(0)
+        images = pipe(**inputs, height=32, width=32, num_inference_steps=2, generator=noise, output_type="np").images
+        with torch.no_grad():
+            encoded = [parts[name](torch.arange(8).view(1, 8))[0] for name in parts if name.startswith("text_encoder")]
+        return digest(parts, [images, *(tensor.float().numpy() for tensor in encoded)])
 
-    return digest_model(AutoModel.from_pretrained(folder, **options))
+    def encoder(self, folder: Path) -> Digest:
+        from transformers import AutoModel
 
+        return self.model(AutoModel.from_pretrained(folder))
 
-def digest_causal(folder: Path, **options: Any) -> Digest:
-    from transformers import AutoModelForCausalLM
+    def causal(self, name: str, **options: Any) -> Digest:
+        from transformers import AutoModelForCausalLM
 
-    return digest_model(AutoModelForCausalLM.from_pretrained(folder, **options))
+        return self.model(AutoModelForCausalLM.from_pretrained(self.root / name, **options))
 
+    def adapter(self) -> Digest:
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
 
-def digest_adapter(folder: Path, **options: Any) -> Digest:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+        base = AutoModelForCausalLM.from_pretrained(self.root / "llama")
+        return self.model(PeftModel.from_pretrained(base, self.root / "adapter"))
 
-    base = AutoModelForCausalLM.from_pretrained(folder.parent / "llama")
-    return digest_model(PeftModel.from_pretrained(base, folder, **options))
+    def model(self, model: nn.Module) -> Digest:
+        self.settle({"": model})
+        with torch.no_grad():
+            output = model(torch.arange(12).view(1, 12))
+        return digest({"": model}, [(output.logits if "logits" in output else output.last_hidden_state).float().numpy()])
 
-
-def digest_model(model: nn.Module) -> Digest:
-    with torch.no_grad():
-        output = model(torch.arange(12).view(1, 12))
-    return digest({"": model}, (output.logits if "logits" in output else output.last_hidden_state).float().numpy())
+    def settle(self, parts: dict[str, nn.Module]) -> None:
+        if self.own_memory:
+            for part in parts.values():
+                for tensor in part.parameters():
+                    tensor.data = tensor.data.clone()
 
 
 def embeds(*shape: int) -> torch.Tensor:
     return torch.linspace(-1, 1, torch.Size(shape).numel()).view(1, *shape)
 
 
-def modules(pipe: Any) -> dict[str, nn.Module]:
-    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-
-
-def digest(parts: dict[str, nn.Module], output: np.ndarray) -> Digest:
+def digest(parts: dict[str, nn.Module], outputs: list[np.ndarray]) -> Digest:
     """All that tells one loaded model from another: parameters, buffers, what is tied, modes, and what it computes."""
     found: dict[str, list[Any]] = {}
     tied = defaultdict(list)
@@ -209,7 +242,7 @@ def digest(parts: dict[str, nn.Module], output: np.ndarray) -> Digest:
         "tensors": found,
         "tied": sorted(names for names in tied.values() if len(names) > 1),
         "training": {part: module.training for part, module in parts.items()},
-        "output": hashlib.sha256(np.ascontiguousarray(output).tobytes()).hexdigest(),
+        "outputs": [hashlib.sha256(np.ascontiguousarray(output).tobytes()).hexdigest() for output in outputs],
     }
 
 
