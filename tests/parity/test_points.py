@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 
 from nbcache.models.points import POINTS, Point
-from tests.support.kernels import Interpreter
 from tests.support.names import imported_in, names_in
 
 PLANTED = """
@@ -18,10 +17,9 @@ early = Point("diffusers.loaders.ip_adapter", "safe_open", "safe_open", since="9
 """
 
 
-def test_every_name_of_the_table_is_where_it_says():
-    with Interpreter() as packages:
-        packages.begin(f"{PLANTED}\nmissing(POINTS), strangers(POINTS), missing([moved, gone, other, early]), strangers([])")
-        wrong, strange, planted, all_strange = packages.finish(timeout_s=110)
+def test_every_name_of_the_table_is_where_it_says(libraries):
+    libraries.begin(f"{PLANTED}\nmissing(POINTS), strangers(POINTS), missing([moved, gone, other, early]), strangers([])")
+    wrong, strange, planted, all_strange = libraries.finish(timeout_s=110)
     assert wrong == []
     assert strange == []
     assert [line.partition(":")[0] for line in planted] == [

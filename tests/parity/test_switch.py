@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import nbcache
 from nbcache.models import hooks
-from tests.parity.test_hooks import QUIET
+from tests.parity.conftest import QUIET
 from tests.support.checkpoints import write_checkpoint
 from tests.support.kernels import Interpreter
 
@@ -132,10 +132,9 @@ def test_a_module_that_is_imported_again_is_bound_again(monkeypatch):
     monkeypatch.setattr(safetensors.torch, "load_file", STOCK.load)
 
 
-def test_all_names_of_all_libraries_and_nothing_left():
-    with Interpreter(**QUIET) as process:
-        process.begin(
-            f"""{EVERYTHING}
+def test_all_names_of_all_libraries_and_nothing_left(libraries):
+    libraries.begin(
+        f"""{EVERYTHING}
 import importlib
 from nbcache.models.points import POINTS
 from tests.support.names import applies
@@ -146,13 +145,14 @@ before, finders = everything(), list(sys.meta_path)
 nbcache.enable()
 now = [getattr(sys.modules[point.module], point.name) for point in points]
 bound = [hasattr(function, "__wrapped__") and before[point.module, point.name] == id(function.__wrapped__)
-         for point, function in zip(points, now)]
+     for point, function in zip(points, now)]
 changed = len([name for name, value in everything().items() if value != before.get(name)])
 nbcache.disable()
-now = everything()
-bound, changed, sorted(".".join(name) for name in now.keys() | before.keys() if now.get(name) != before.get(name)), sys.meta_path == finders"""
-        )
-        bound_points, changed, left, finders_restored = process.finish(timeout_s=110)
+after = everything()
+left = sorted(".".join(name) for name in after.keys() | before.keys() if after.get(name) != before.get(name))
+bound, changed, left, sys.meta_path == finders"""
+    )
+    bound_points, changed, left, finders_restored = libraries.finish(timeout_s=110)
     assert all(bound_points)
     assert changed >= len(bound_points) > 15
     assert left == []
