@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["load_file", "safe_open", "warmup", "convert", "place"]
+Kind = Literal["load_file", "safe_open", "warmup", "convert", "fill", "place"]
 """What a name is replaced by.
 
 ``load_file`` and ``safe_open`` are safetensors' own, under whatever name they were imported. ``warmup`` allocates a model's
-size on a GPU ahead of its loading. ``convert`` is given open slices, ``place`` a state dict, and both the devices that the
-tensors are to go to.
+size on a GPU ahead of its loading. ``convert`` is given open slices, ``fill`` the name of a file, ``place`` a state dict, and
+all three the devices that the tensors are to go to.
 """
 
 
@@ -43,7 +43,7 @@ POINTS: tuple[Point, ...] = (
     # The names under which they were imported.
     Point("transformers.modeling_utils", "safe_open", "safe_open"),
     Point("transformers.modeling_utils", "safe_load_file", "load_file", before="5"),
-    Point("transformers.modeling_layers", "safe_open", "safe_open", since="5.20"),
+    Point("transformers.modeling_layers", "safe_open", "safe_open", since="5.14"),
     Point("transformers.integrations.accelerate", "safe_open", "safe_open", since="5"),
     Point("transformers.quantizers.quantizer_torchao", "safe_open", "safe_open", since="4.57"),
     Point("transformers.trainer_utils", "safe_load_file", "load_file", since="5"),
@@ -56,11 +56,12 @@ POINTS: tuple[Point, ...] = (
     Point("peft.utils.loftq_utils", "safe_open", "safe_open"),
     Point("peft.tuners.shadow.model", "load_file", "load_file", since="0.21"),
     Point("diffusers.loaders.ip_adapter", "safe_open", "safe_open"),
-    Point("diffusers.quantizers.torchao.torchao_quantizer", "safe_open", "safe_open", since="0.36"),
+    Point("diffusers.quantizers.torchao.torchao_quantizer", "safe_open", "safe_open", since="0.39"),
     # What decides where tensors go.
     Point("transformers.modeling_utils", "caching_allocator_warmup", "warmup", since="4.50"),
     Point("transformers.modeling_utils", "convert_and_load_state_dict_in_model", "convert", since="5"),
-    Point("diffusers.models.modeling_utils", "_caching_allocator_warmup", "warmup", since="0.36"),
+    Point("transformers.modeling_utils", "_load_state_dict_into_meta_model", "fill", since="4.50", before="5"),
+    Point("diffusers.models.modeling_utils", "_caching_allocator_warmup", "warmup", since="0.35"),
     Point("diffusers.models.model_loading_utils", "load_model_dict_into_meta", "place"),
 )
 

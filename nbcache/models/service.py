@@ -6,6 +6,7 @@ nothing of who imported what (:mod:`nbcache.models.hooks`). Needs torch.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -66,6 +67,8 @@ class Service:
     def __init__(self) -> None:
         self.given_up = False
         self._warned: set[type[Exception]] = set()
+        self._filling = threading.local()
+        """``gpu``: the one that this thread's library is filling a whole model on."""
         self._origins: Any = WeakTensorKeyDictionary()
         """Where tensors on the CPU came from; kept where there is a GPU that they may go to."""
 
@@ -93,7 +96,10 @@ class Service:
         opened = stock(filename, framework, "cpu", **options)  # for all but the tensors
         if target.type == "cpu":
             return ServedFile(self.fetch, source, target, opened, lambda: opened)
-        return ServedFile(self.fetch, source, target, opened, lambda: stock(filename, framework, device, **options))
+        file = ServedFile(self.fetch, source, target, opened, lambda: stock(filename, framework, device, **options))
+        if getattr(self._filling, "gpu", None) is not None:
+            file.place(target, None)
+        return file
 
     def warmup(self, stock: Stock, model: Any, device_map: Any, *rest: Any) -> Any:  # noqa: ANN401
         """``caching_allocator_warmup``: a model that comes as a slab needs no memory of torch's beside it.
@@ -114,6 +120,15 @@ class Service:
                 if gpu is not None and count == len(file.keys()):
                     file.place(gpu, _one_dtype(model, config))
         return stock(*args, **kwargs)
+
+    def fill(self, stock: Stock, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """``_load_state_dict_into_meta_model`` of transformers 4: the same, for the file that it opens."""
+        whole = kwargs.get("hf_quantizer") is None and kwargs.get("device_mesh") is None
+        self._filling.gpu = _only_gpu((kwargs.get("device_map") or {}).values()) if whole else None
+        try:
+            return stock(*args, **kwargs)
+        finally:
+            self._filling.gpu = None
 
     def place(self, stock: Stock, model: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Diffusers' ``load_model_dict_into_meta``: the same, for a state dict that was loaded to the CPU."""

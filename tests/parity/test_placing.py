@@ -95,6 +95,25 @@ def test_a_model_that_goes_to_one_gpu_is_had_there(kernel, tmp_path):
         assert kernel.run("slabs(path)") == expected, arguments
 
 
+FILLED = {
+    "device_map={'': 'cuda'}": RESIDENT,
+    "device_map={'a': 'cuda', 'b': 'cpu'}": [],
+    "device_map={'': 'cuda'}, hf_quantizer=1": [],
+    "device_map={'': 'cuda'}, device_mesh=1": [],
+    "device_map=None": [],
+}
+
+
+def test_a_file_that_transformers_4_opens_on_a_gpu(kernel, tmp_path):
+    kernel.run("read = lambda **_: safetensors.safe_open(path, 'pt', 'cuda').get_slice('layer.0')[...]")
+    for number, (options, expected) in enumerate(FILLED.items()):
+        path = write_checkpoint(tmp_path / f"{number}.safetensors", seed=number, sizes=SIZES)
+        kernel.run(f"path = {str(path)!r}")
+        assert kernel.run(f"torch.equal(service.fill(read, {options}), STOCK.load(path)['layer.0'])")
+        assert kernel.run("slabs(path)") == expected, options
+    assert kernel.run("read() is None or slabs(path)") == []  # and no longer, once it is done
+
+
 PLACED = {
     ("", "device_map={'': 'cuda'}"): RESIDENT,
     ("", "device_map={'': 'cuda'}, dtype=torch.bfloat16"): [["BF16", "resident"]],
