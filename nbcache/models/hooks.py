@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Function = Callable[..., Any]
 
+KEPT = frozenset((point.module, point.name) for point in POINTS if point.kind == "keep")
+
 ALIASED: frozenset[Kind] = frozenset({"load_file", "safe_open"})
 """Functions that anyone may have imported under any name, a notebook too."""
 
@@ -96,12 +98,15 @@ class Switch:
                 self._bind(module)
 
     def _bind(self, module: ModuleType | None) -> None:
-        """Replace the names that the table has for a module."""
+        """Replace the names that the table has for a module. Those that are kept may have come from a module that was bound."""
         if module is None:
             return
         for point in (point for point in POINTS if point.module == module.__name__):
             found = vars(module).get(point.name)
-            if callable(found) and id(found) not in self._stock:
+            ours = id(found) in self._stock
+            if ours and point.kind == "keep":
+                vars(module)[point.name] = self._stock[id(found)]
+            elif callable(found) and not ours and point.kind != "keep":
                 vars(module)[point.name] = self._replacement(point, found)
 
     def _bind_aliases(self) -> None:
@@ -144,7 +149,7 @@ def _rebind(instead: dict[int, Function]) -> None:
         if isinstance(module, ModuleType):
             names = vars(module)
             for name, value in list(names.items()):
-                if id(value) in instead:
+                if id(value) in instead and (module.__name__, name) not in KEPT:
                     names[name] = instead[id(value)]
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["load_file", "safe_open", "warmup", "convert", "fill", "place"]
+Kind = Literal["load_file", "safe_open", "warmup", "convert", "fill", "place", "keep"]
 """What a name is replaced by.
 
 ``load_file`` and ``safe_open`` are safetensors' own, under whatever name they were imported. ``warmup`` allocates a model's
 size on a GPU ahead of its loading. ``convert`` is given open slices, ``fill`` the name of a file, ``place`` a state dict, and
-all three the devices that the tensors are to go to.
+all three the devices that the tensors are to go to. ``keep`` is not replaced: it reads single weights, again for each use, that
+were left on disk because memory does not hold them.
 """
 
 
@@ -50,7 +51,7 @@ POINTS: tuple[Point, ...] = (
     Point("transformers.models.wav2vec2.modeling_wav2vec2", "safe_load_file", "load_file"),
     Point("accelerate.utils.modeling", "safe_open", "safe_open"),
     Point("accelerate.utils.modeling", "safe_load_file", "load_file"),
-    Point("accelerate.utils.offload", "safe_open", "safe_open"),
+    Point("accelerate.utils.offload", "safe_open", "keep"),
     Point("peft.peft_model", "safe_open", "safe_open"),
     Point("peft.utils.save_and_load", "safe_load_file", "load_file"),
     Point("peft.utils.loftq_utils", "safe_open", "safe_open"),

@@ -30,7 +30,7 @@ def missing(points: Iterable[Point]) -> list[str]:
     import safetensors
     import safetensors.torch
 
-    stock = {"safe_open": safetensors.safe_open, "load_file": safetensors.torch.load_file}
+    stock = {"keep": safetensors.safe_open, "safe_open": safetensors.safe_open, "load_file": safetensors.torch.load_file}
     found = []
     for point in points:
         try:
