@@ -7,16 +7,19 @@ stock object's own, so that it cannot differ. Knows nothing of who opened it, no
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from nbcache.checkpoints.catalog import SUFFIX, resolve
+from nbcache.checkpoints.catalog import INDEX_SUFFIX, SUFFIX, resolve
 from nbcache.client import tensors as edge
 from nbcache.errors import NBCacheError
+
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 
 Tensors = dict[str, torch.Tensor]
 CPU = torch.device("cpu")
@@ -24,10 +27,18 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Source:
-    """A file that the cache may have, and the key of what it holds now."""
+    """A file that the cache may have, and the key of what it holds now.
+
+    ``whole`` is the key of the sharded checkpoint that the file is a shard of; empty if it is none.
+    """
 
     path: str
     key: str
+    whole: str = ""
+
+    def alone(self) -> Source:
+        """The file for itself, and not as a shard."""
+        return replace(self, whole="")
 
     @classmethod
     def of(cls, filename: object) -> Source | None:
@@ -37,9 +48,17 @@ class Source:
             return None
         path = os.path.abspath(name)
         try:
-            return cls(path, resolve(path).key)
+            return cls(path, resolve(path).key, _key_of_whole(path))
         except NBCacheError:
             return None
+
+
+def _key_of_whole(path: str) -> str:
+    index = _SHARD.sub(INDEX_SUFFIX, path)
+    try:
+        return resolve(index).key if index != path and os.path.lexists(index) else ""
+    except NBCacheError:
+        return ""
 
 
 Fetch = Callable[[Source, torch.device, torch.dtype | None], Tensors | None]
@@ -90,7 +109,7 @@ class ServedFile:
             if self._tensors is None:
                 found = self._fetch(self._source, self._device if self._whole else CPU, self._dtype)
                 if found is None and self._whole and self._device.type != "cpu":
-                    found = self._fetch(self._source, CPU, None)
+                    self._whole, found = False, self._fetch(self._source, CPU, None)
                 self._tensors = found or {}
         return self._tensors.get(name)
 

@@ -16,13 +16,15 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from nbcache.client import tensors as edge
-from nbcache.client.loading import load_name
+from nbcache.client.loading import load_key, load_name
 from nbcache.client.notices import NotServed, notify
 from nbcache.client.options import Options
 from nbcache.errors import (
     CheckpointError,
     DaemonError,
     DaemonLost,
+    DaemonUnavailable,
+    EntryNotFound,
     InvalidOption,
     NBCacheError,
     UnsupportedFormat,
@@ -81,9 +83,10 @@ class Service:
         """``safetensors.torch.load_file``."""
         source, target = Source.of(filename), _target(device)
         if source is not None and target is not None and _known(options):
-            tensors = self.fetch(source, target)
+            on_cpu = target.type == "cpu"
+            tensors = self.fetch(source if on_cpu else source.alone(), target)  # other shards may be meant for other GPUs
             if tensors is not None:
-                if target.type == "cpu" and (torch.cuda.is_available() or edge.EMULATED):
+                if on_cpu and (torch.cuda.is_available() or edge.EMULATED):
                     self._remember(source, tensors)
                 return _in_stock_order(tensors)
         return stock(filename, device, **options)
@@ -162,6 +165,9 @@ class Service:
         if self.given_up:
             return None
         try:
+            tensors = self._from_whole(source, Options(device, dtype)) if source.whole else None
+            if tensors is not None:
+                return tensors
             loaded = load_name(source.path, Options(device, dtype), None)
         except (CheckpointError, UnsupportedFormat):
             return None  # the stock function says what is wrong, or loads it
@@ -169,6 +175,17 @@ class Service:
             self._excuse(error, source)
             return None
         return loaded.tensors if loaded.key == source.key else None
+
+    def _from_whole(self, source: Source, options: Options) -> Tensors | None:
+        """A shard's tensors from the checkpoint that it belongs to, if that is cached already: not the same bytes twice."""
+        try:
+            tensors = load_key(source.whole, options).tensors
+        except (EntryNotFound, DaemonUnavailable):
+            return None
+        if Source.of(source.path) != source:  # the file changed since; its own entry's key will tell
+            return None
+        names = set(_stock_open()(source.path, "pt", "cpu").keys())
+        return {name: tensors[name] for name in tensors if name in names} if tensors.keys() >= names else None
 
     def _excuse(self, error: Exception, source: Source) -> None:
         """Say, once for each kind of error, why weights are not from the cache."""
@@ -216,7 +233,10 @@ def _one_dtype(model: Any, config: Any) -> torch.dtype | None:  # noqa: ANN401 -
 
 def _in_stock_order(tensors: Tensors) -> Tensors:
     """In the order of the file, or of the names: as the ``load_file`` of this safetensors has them."""
+    return tensors if hasattr(_stock_open(), "offset_keys") else {name: tensors[name] for name in sorted(tensors)}
+
+
+def _stock_open() -> Stock:
     import safetensors
 
-    stock = getattr(safetensors.safe_open, "__wrapped__", safetensors.safe_open)
-    return tensors if hasattr(stock, "offset_keys") else {name: tensors[name] for name in sorted(tensors)}
+    return getattr(safetensors.safe_open, "__wrapped__", safetensors.safe_open)

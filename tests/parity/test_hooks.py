@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 import nbcache
 from tests.parity.conftest import MINILM, QUIET, digests
 from tests.support.kernels import Interpreter
+
+pytestmark = pytest.mark.timeout(300)  # importing all the libraries, some times over
 
 
 def entries() -> dict[str, tuple[str, ...]]:

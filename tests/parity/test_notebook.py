@@ -17,6 +17,8 @@ from tests.parity.test_hooks import entries
 from tests.support.checkpoints import write_checkpoint
 from tests.support.kernels import Kernel
 
+pytestmark = pytest.mark.timeout(300)  # importing all the libraries, some times over
+
 SERVED = "import nbcache\n[entry.leases for entry in nbcache.status().entries]"
 
 

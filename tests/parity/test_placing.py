@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from tests.support.checkpoints import write_checkpoint
-from tests.support.kernels import Interpreter
+from tests.support.kernels import Interpreter, RemoteError
 
 SIZES = ((300, 100), (7,), (64, 64))
 PRELUDE = """
@@ -67,6 +68,22 @@ def test_load_file_gives_the_slab_and_safe_open_single_tensors(kernel, tmp_path)
     for device in ("'cuda'", "0", "'cuda:0'"):
         assert kernel.run(f"same(safetensors.torch.load_file(path, device={device}), path)")
     assert kernel.run("slabs(path)") == RESIDENT
+
+
+def test_a_gpu_without_room_is_given_tensors_one_by_one(kernel, tmp_path):
+    path = write_checkpoint(tmp_path / "a.safetensors", sizes=SIZES)
+    failures = tmp_path / "failures.json"
+    kernel.run(f"import os\nos.environ['NBCACHE_TEST_FAILURES'] = {str(failures)!r}")  # for the daemon that it starts
+    kernel.run(f"path = {str(path)!r}")
+    failures.write_text(json.dumps(["memory"]))
+    with pytest.raises(RemoteError, match="DeviceMemoryFull"):
+        kernel.run("nbcache.load(path, device='cuda')")
+    kernel.run(
+        "import warnings\nwith warnings.catch_warnings(record=True) as caught:\n    loaded = convert(path, {'': 'cuda'})"
+    )
+    assert kernel.run("same(loaded, path), len(loaded)") == [True, len(SIZES)]
+    assert kernel.run("[w.category.__name__ for w in caught]") == ["NotServed"]
+    assert kernel.run("slabs(path)") == []
 
 
 CONVERTED = {

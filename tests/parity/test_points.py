@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import ast
 
+import pytest
+
 from nbcache.models.points import POINTS, Point
 from tests.support.names import imported_in, names_in
+
+pytestmark = pytest.mark.timeout(300)  # importing all the libraries, some times over
 
 PLANTED = """
 from nbcache.models.points import POINTS, Point

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import pickle
 import shutil
@@ -192,6 +193,29 @@ def test_a_default_device_is_not_followed_as_stock_does_not(served, path):
     with torch.device("meta"):
         assert {tensor.device.type for tensor in safetensors.torch.load_file(path).values()} == {"cpu"}
         assert safetensors.safe_open(path, "pt").get_tensor("empty").device.type == "cpu"
+
+
+def test_a_shard_comes_from_its_checkpoint_where_that_is_cached(served, tmp_path):
+    shards = [tmp_path / f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for seed, shard in enumerate(shards):
+        save_file({f"{name}{seed}": torch.full((3,), seed) for name in "ba"}, shard)
+    index = {f"{name}{seed}": shard.name for seed, shard in enumerate(shards) for name in "ba"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    by_itself = safetensors.torch.load_file(shards[0])
+    assert len(keys()) == 1
+    whole = nbcache.load(tmp_path, device="cpu")
+    assert len(keys()) == 2
+    for shard in shards:
+        with safetensors.safe_open(shard, "pt") as file, STOCK.open(shard, "pt") as stock:
+            assert_same_file(file, stock)
+        loaded = safetensors.torch.load_file(shard)
+        assert list(loaded) == list(STOCK.load(shard))
+        assert all(torch.equal(loaded[name], whole[name]) for name in loaded)
+    assert len(keys()) == 2
+    assert list(by_itself) == list(safetensors.torch.load_file(shards[0]))
+    save_file({"c": torch.ones(1)}, shards[1])  # another generation, which the index does not know
+    assert list(safetensors.torch.load_file(shards[1])) == ["c"]
+    assert len(keys()) == 3
 
 
 # What is not served

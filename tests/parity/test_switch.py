@@ -19,6 +19,8 @@ from tests.parity.conftest import QUIET
 from tests.support.checkpoints import write_checkpoint
 from tests.support.kernels import Interpreter
 
+pytestmark = pytest.mark.timeout(300)  # importing all the libraries, some times over
+
 STOCK = SimpleNamespace(open=safetensors.safe_open, load=safetensors.torch.load_file)
 EVERYTHING = """
 import sys
