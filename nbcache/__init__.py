@@ -3,6 +3,8 @@
 ``%load_ext nbcache`` in a notebook, then ``w = %load_weights model.safetensors``; or the same in Python: :func:`load`,
 :func:`put`, :func:`status`, :func:`evict`, :func:`pin`, :func:`unpin`. See :mod:`nbcache.errors` for what they raise.
 
+:func:`enable`, :func:`disable` and :func:`enabled` serve unchanged programs: ordinary ``from_pretrained`` and ``load_file``.
+
 Importing this module imports neither torch nor anything else that is slow.
 """
 
@@ -16,6 +18,9 @@ __all__ = [
     "NBCacheError",
     "Weights",
     "__version__",
+    "disable",
+    "enable",
+    "enabled",
     "errors",
     "evict",
     "evict_all",
@@ -34,6 +39,7 @@ if TYPE_CHECKING:
     from nbcache.client.api import evict, evict_all, free_gpu, load, pin, put, status, unpin
     from nbcache.client.weights import Weights
     from nbcache.errors import NBCacheError
+    from nbcache.models.hooks import disable, enable, enabled
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401
@@ -45,7 +51,8 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401
         return importlib.import_module("nbcache.errors")
     if name == "NBCacheError":
         return importlib.import_module("nbcache.errors").NBCacheError
-    return getattr(importlib.import_module("nbcache.client.api"), name)
+    home = "nbcache.models.hooks" if name in ("enable", "disable", "enabled") else "nbcache.client.api"
+    return getattr(importlib.import_module(home), name)
 
 
 def __dir__() -> list[str]:

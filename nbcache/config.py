@@ -14,7 +14,7 @@ from typing import Any
 
 import platformdirs
 import psutil
-from traitlets import Float, TraitError, Unicode, default, validate
+from traitlets import Bool, Float, TraitError, Unicode, default, validate
 from traitlets.config import Configurable
 
 from nbcache.errors import DaemonUnavailable, InvalidOption
@@ -40,6 +40,11 @@ class NBCache(Configurable):
         help="Free memory of a GPU below which weights that nobody uses leave it. Environment: NBCACHE_GPU_LOW_WATERMARK.",
     ).tag(config=True)
 
+    serve_from_pretrained = Bool(
+        help="Serve ordinary from_pretrained, load_file and safe_open from the cache, as %nbcache on does, wherever the "
+        "extension is loaded. Environment: NBCACHE_SERVE_FROM_PRETRAINED.",
+    ).tag(config=True)
+
     start_timeout_s = Float(
         20.0, help="Seconds to wait for a daemon that is being started. Environment: NBCACHE_START_TIMEOUT_S."
     ).tag(config=True)
@@ -51,6 +56,10 @@ class NBCache(Configurable):
     @default("host_limit")
     def _default_host_limit(self) -> str:
         return os.environ.get("NBCACHE_HOST_LIMIT", "")
+
+    @default("serve_from_pretrained")
+    def _default_serve_from_pretrained(self) -> bool:
+        return _bool_from_environment("NBCACHE_SERVE_FROM_PRETRAINED")
 
     @default("gpu_keep_s")
     def _default_gpu_keep_s(self) -> float:
@@ -97,6 +106,13 @@ def _float_from_environment(name: str, otherwise: float) -> float:
         return float(text) if text else otherwise
     except ValueError as error:
         raise InvalidOption(f"{name}={text!r} is not a number of seconds") from error
+
+
+def _bool_from_environment(name: str) -> bool:
+    text = os.environ.get(name, "").lower()
+    if text not in ("", "0", "false", "no", "off", "1", "true", "yes", "on"):
+        raise InvalidOption(f"{name}={text!r} is neither true nor false")
+    return text in ("1", "true", "yes", "on")
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,7 @@ INNER_RANKS: dict[str, dict[str, int]] = {
     },
     "memory": {"shared": 0, "driver": 0, "arena": 1, "features": 2},
     "doctor": {"findings": 0, "probes": 1, "machine": 1, "gpus": 2, "jupyter": 2, "companion": 2, "checkup": 3},
+    "models": {"gguf": 0, "points": 0, "served": 0, "service": 1, "hooks": 2},
 }
 """The same rule within a part: a module imports those of lower ranks alone."""
 
@@ -283,7 +284,7 @@ def test_a_planted_violation_is_seen(tmp_path, path, planted):
     [
         ("client/tensors.py", "import torch"),
         ("client/loading.py", "import torch\nfrom nbcache.client.device import find_device"),
-        ("models/lora.py", "from torch import nn"),
+        ("models/service.py", "from torch import nn"),
         ("client/weights.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\n    import nbcache.cli"),
         (
             "client/options.py",
@@ -352,6 +353,7 @@ SLOW = ("torch", "numpy", "safetensors", "cupy", "cupyx", "cuda", "pynvml", "tra
         "nbcache.client.api",
         "nbcache.jupyter.magics",
         "nbcache.doctor.checkup",
+        "nbcache.models.hooks",
     ],
 )
 def test_starting_does_not_import_torch(module):
@@ -378,8 +380,8 @@ def test_the_probe_sees_torch_when_it_is_there():
 
 
 SURFACE = {
-    "NBCacheError", "Weights", "__version__", "errors", "evict", "evict_all", "free_gpu", "load", "pin", "put", "status",
-    "unpin",
+    "NBCacheError", "Weights", "__version__", "disable", "enable", "enabled", "errors", "evict", "evict_all", "free_gpu",
+    "load", "pin", "put", "status", "unpin",
 }  # fmt: skip
 
 
@@ -392,12 +394,14 @@ def test_the_public_surface_is_exactly_what_is_documented():
 def test_every_public_name_is_there_documented_and_one_object():
     from nbcache import errors
     from nbcache.client import api, weights
+    from nbcache.models import hooks
 
     for name in SURFACE - {"__version__"}:
         assert getattr(nbcache, name).__doc__, name
     assert nbcache.load is api.load
     assert nbcache.put is api.put
     assert nbcache.free_gpu is api.free_gpu
+    assert nbcache.enable is hooks.enable
     assert nbcache.Weights is weights.Weights
     assert nbcache.errors is errors
     assert nbcache.NBCacheError is errors.NBCacheError
@@ -411,5 +415,5 @@ def test_a_name_that_is_not_public_is_an_attribute_error():
 
 def test_the_package_names_itself_in_its_docstring_functions():
     """The module's docstring presents the functions that a user calls."""
-    for name in ("load", "put", "status", "evict", "pin", "unpin"):
+    for name in ("load", "put", "status", "evict", "pin", "unpin", "enable", "disable", "enabled"):
         assert f":func:`{name}`" in nbcache.__doc__

@@ -18,6 +18,10 @@ class CopyOnWriteUnavailable(UserWarning):
     """This torch lacks what copy-on-write needs; weights were copied."""
 
 
+class NotServed(UserWarning):
+    """A stock loader was to be served from the cache, and was not; it loaded as it always does."""
+
+
 def notify(category: type[UserWarning], message: str) -> None:
     """Warn at the nearest caller outside this package."""
     level, frame = 1, sys._getframe()

@@ -39,7 +39,7 @@ def attach(manifest: Manifest, area: mmap.mmap) -> dict[str, torch.Tensor]:
         for name, dtype_name, shape, _, _, nbytes, place in map(astuple, manifest.tensors):
             dtype = dtypes[dtype_name]
             if not nbytes:
-                tensors[name] = torch.empty(stored_shape(dtype_name, shape), dtype=dtype)
+                tensors[name] = torch.empty(stored_shape(dtype_name, shape), dtype=dtype, device="cpu")
                 continue
             tensor = frombuffer(area, dtype=dtype, count=nbytes // dtype.itemsize, offset=place)
             if len(shape) != 1:  # in place: a view would tie the tensor to a base

@@ -25,6 +25,7 @@ from nbcache.client.weights import Weights
 from nbcache.config import NBCache
 from nbcache.errors import NBCacheError
 from nbcache.jupyter.display import StatusView, idle_slab_bytes, summary
+from nbcache.models import hooks
 from nbcache.units import format_size
 
 R = TypeVar("R")
@@ -49,6 +50,9 @@ class NBCacheMagics(Magics):
         super().__init__(shell)
         self.settings = NBCache(parent=shell)
         self.settings.observe(_export, self.settings.trait_names(config=True))
+        self.settings.observe(lambda change: hooks.turn(change.new), "serve_from_pretrained")
+        if self.settings.serve_from_pretrained:
+            hooks.enable()
 
     @_one_line_errors
     @magic_arguments()
@@ -139,6 +143,23 @@ class NBCacheMagics(Magics):
             api.unpin(name)
         return None
 
+    @magic_arguments()
+    @argument("state", nargs="?", choices=("on", "off"), help="Without it, show which it is.")
+    @line_magic
+    def nbcache(self, line: str) -> None:
+        """Serve unchanged code from the cache: ``from_pretrained``, ``load_file``, ``safe_open``; ``off`` undoes it.
+
+        Examples::
+
+            %nbcache on
+            pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev")
+        """
+        args = parse_argstring(self.nbcache, line)
+        if args.state:
+            hooks.turn(args.state == "on")
+        else:
+            print(f"nbcache is {'on' if hooks.is_enabled() else 'off'}")  # noqa: T201
+
     def after_cell(self, result: ExecutionResult) -> None:
         """IPython calls this after each cell: let go of weights that it dropped; help where the GPU was full."""
         api.prepare()
@@ -189,6 +210,7 @@ def unregister(shell: InteractiveShell) -> None:
     registered = manager.registry.pop(NBCacheMagics.__name__, None)
     if registered is None:
         return
+    hooks.disable()
     shell.events.unregister("post_run_cell", registered.after_cell)
     shell.configurables.remove(registered)
     shell.configurables.remove(registered.settings)
