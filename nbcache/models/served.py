@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nbcache.checkpoints.catalog import INDEX_SUFFIX, SUFFIX, resolve
+from nbcache.checkpoints.catalog import SUFFIX, resolve
 from nbcache.client import tensors as edge
 from nbcache.errors import NBCacheError
 
@@ -54,7 +54,7 @@ class Source:
 
 
 def _key_of_whole(path: str) -> str:
-    index = _SHARD.sub(INDEX_SUFFIX, path)
+    index = _SHARD.sub(f"{SUFFIX}.index.json", path)
     try:
         return resolve(index).key if index != path and os.path.lexists(index) else ""
     except NBCacheError:
