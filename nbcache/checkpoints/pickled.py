@@ -181,10 +181,8 @@ class _Layout:
         groups = [group for pieces in storages.values() for group in _overlapping(pieces)]
         groups.sort(key=lambda group: group.pieces[0].number)
         extents = tuple(self._extent(group) for group in groups)
-        if all(group.is_tensor for group in groups):
-            return extents, ()
-        views = [(piece.number, _view(piece, at, group)) for at, group in enumerate(groups) for piece in group.pieces]
-        return extents, tuple(view for _, view in sorted(views))
+        views = [_view(piece, at, group) for at, group in enumerate(groups) if not group.is_tensor for piece in group.pieces]
+        return extents, tuple(sorted(views, key=lambda view: view.number))
 
     def _piece(self, number: int, name: str, tensor: Tensor) -> _Piece:
         size, entry = item_bytes(tensor.dtype), self._find(tensor.storage)
@@ -224,7 +222,8 @@ class _Layout:
 
 def _view(piece: _Piece, extent: int, group: _Group) -> View:
     tensor = piece.tensor
-    return View(piece.name, extent, tensor.shape, tensor.strides, (piece.start - group.start) // item_bytes(tensor.dtype))
+    offset = (piece.start - group.start) // item_bytes(tensor.dtype)
+    return View(piece.name, piece.number, extent, tensor.shape, tensor.strides, offset)
 
 
 def _overlapping(pieces: list[_Piece]) -> Iterator[_Group]:
