@@ -96,12 +96,14 @@ class Extent(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class View(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One tensor over the extent of number ``extent``, with others or not laid out row by row.
+    """One tensor over the extent of number ``extent``, which others share or where it does not lie row by row.
 
-    ``shape``, ``strides`` and ``offset`` count elements as memory has them (:func:`stored_shape`), from the extent's start.
+    It is tensor ``number`` of the checkpoint. ``shape``, ``strides`` and ``offset`` count elements as memory has them
+    (:func:`stored_shape`), from the extent's start.
     """
 
     name: str
+    number: int
     extent: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -111,8 +113,8 @@ class View(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class Manifest(msgspec.Struct, frozen=True):
     """An entry's description: extents in the checkpoint's order. ``extent_bytes`` is the memory it takes, padding included.
 
-    Where each extent is one tensor, row by row, ``views`` is empty. Otherwise ``views`` are the tensors, all of them, in the
-    checkpoint's order, and extents are only what lies below.
+    Each extent is a tensor, unless ``views`` lie over it: then these are, and it is only what lies below. Views are in the
+    order of their numbers; the other tensors fill the numbers that are left.
     """
 
     tensors: tuple[Extent, ...]
@@ -130,7 +132,12 @@ class Manifest(msgspec.Struct, frozen=True):
     @property
     def count(self) -> int:
         """How many tensors there are."""
-        return len(self.views or self.tensors)
+        return len(self.tensors) - len(self.below) + len(self.views)
+
+    @property
+    def below(self) -> frozenset[int]:
+        """The numbers of the extents that are no tensors, but lie below views."""
+        return frozenset(view.extent for view in self.views)
 
     def check(self) -> None:
         """Hold the manifest against itself (I5).
@@ -153,10 +160,7 @@ class Manifest(msgspec.Struct, frozen=True):
             end, last = place + nbytes, name
         if end > self.extent_bytes:
             raise ProtocolError(f"manifest: {last!r} ends at byte {end} of {self.extent_bytes}")
-        if len({view.name for view in self.views}) != len(self.views):
-            raise ProtocolError("manifest: two views of one name")
-        for view in self.views:
-            self._check_view(view)
+        self._check_views()
 
     def _check_tensor(self, tensor: Extent) -> None:
         expected = nbytes_of(tensor.dtype, tensor.shape)
@@ -170,6 +174,19 @@ class Manifest(msgspec.Struct, frozen=True):
             size = self.members[tensor.file].fingerprint.size_bytes
             if tensor.offset < 0 or tensor.offset + tensor.nbytes > size:
                 raise ProtocolError(f"manifest: {tensor.name!r} leaves its file of {size} bytes")
+
+    def _check_views(self) -> None:
+        below = self.below
+        names = {extent.name for number, extent in enumerate(self.tensors) if number not in below} if below else set()
+        last, count = -1, self.count
+        for view in self.views:
+            self._check_view(view)
+            if view.name in names:
+                raise ProtocolError(f"manifest: view {view.name!r} has the name of another tensor")
+            if not last < view.number < count:
+                raise ProtocolError(f"manifest: view {view.name!r} is number {view.number} of {count}, after {last}")
+            names.add(view.name)
+            last = view.number
 
     def _check_view(self, view: View) -> None:
         if not 0 <= view.extent < len(self.tensors):
@@ -244,10 +261,18 @@ def reach_of(shape: Sequence[int], strides: Sequence[int], offset: int) -> int |
     return offset + 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
-def whole_view(extent: Extent, number: int) -> View:
-    """The view that is the extent of this number itself."""
+def each_view(manifest: Manifest) -> list[View]:
+    """Every tensor as a view, in order; where an extent is a tensor, the view that is all of it."""
+    below = manifest.below
+    found = [_whole_view(extent, number) for number, extent in enumerate(manifest.tensors) if number not in below]
+    for view in manifest.views:
+        found.insert(view.number, view)
+    return [msgspec.structs.replace(view, number=number) for number, view in enumerate(found)]
+
+
+def _whole_view(extent: Extent, number: int) -> View:
     shape = stored_shape(extent.dtype, extent.shape)
-    return View(extent.name, number, shape, row_strides(shape), 0)
+    return View(extent.name, 0, number, shape, row_strides(shape), 0)
 
 
 def place_tensors(

@@ -14,7 +14,7 @@ from nbcache.checkpoints import archive
 from nbcache.checkpoints.archive import read_directory
 from nbcache.checkpoints.content import Content, OpenFile
 from nbcache.errors import UnsupportedFormat
-from nbcache.manifest import Extent, View, nbytes_of, row_strides, whole_view
+from nbcache.manifest import Extent, View, nbytes_of, row_strides
 
 MAGIC = b"\x93NUMPY"
 MAX_HEADER_BYTES = 10_000
@@ -63,14 +63,12 @@ def read_archive(file: OpenFile) -> Content:
 
 def _content(arrays: list[_Array]) -> Content:
     extents = [Extent(a.name, a.dtype, a.shape, 0, a.offset, a.nbytes, 0) for a in arrays]
-    views = [_view(array, extent, number) for number, (array, extent) in enumerate(zip(arrays, extents, strict=True))]
-    return Content(tuple(extents), {}, tuple(views) if any(array.by_columns for array in arrays) else ())
-
-
-def _view(array: _Array, extent: Extent, number: int) -> View:
-    if not array.by_columns:
-        return whole_view(extent, number)
-    return View(array.name, number, array.shape, tuple(reversed(row_strides(array.shape[::-1]))), 0)
+    views = [
+        View(array.name, number, number, array.shape, tuple(reversed(row_strides(array.shape[::-1]))), 0)
+        for number, array in enumerate(arrays)
+        if array.by_columns
+    ]
+    return Content(tuple(extents), {}, tuple(views))
 
 
 def _array(file: OpenFile, name: str, offset: int, size_bytes: int) -> _Array:

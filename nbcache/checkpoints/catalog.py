@@ -28,7 +28,7 @@ from nbcache.errors import (
     CheckpointUnreadable,
     UnsupportedFormat,
 )
-from nbcache.manifest import Extent, Fingerprint, Manifest, Member, View, key_of, place_tensors, whole_view
+from nbcache.manifest import Extent, Fingerprint, Manifest, Member, View, key_of, place_tensors
 
 SUFFIX = ".safetensors"
 MAX_INDEX_BYTES = 100 << 20
@@ -218,15 +218,18 @@ def _manifest(checkpoint: Checkpoint, contents: Sequence[tuple[int, Content]]) -
     tensors: list[Extent] = []
     views: list[View] = []
     metadata: dict[str, str] = {}
-    with_views = any(content.views for _, content in contents)
+    count = 0
     for number, content in contents:
         first = len(tensors)
         metadata |= content.metadata
         tensors += [msgspec.structs.replace(tensor, file=number) if number else tensor for tensor in content.tensors]
-        if with_views:
-            own = content.views or map(whole_view, content.tensors, range(len(content.tensors)))
-            views += [msgspec.structs.replace(view, extent=view.extent + first) for view in own]
-    names = [(view.name, tensors[view.extent].file) for view in views] or [(tensor.name, tensor.file) for tensor in tensors]
+        views += [
+            msgspec.structs.replace(view, number=view.number + count, extent=view.extent + first) for view in content.views
+        ]
+        count += content.count
+    below = {view.extent for view in views}
+    names = [(tensor.name, tensor.file) for number, tensor in enumerate(tensors) if number not in below]
+    names += [(view.name, tensors[view.extent].file) for view in views]
     _check_names(checkpoint, names)
     return place_tensors(tensors, checkpoint.members, metadata, views)
 

@@ -30,6 +30,11 @@ class Content:
     metadata: Mapping[str, str]
     views: tuple[View, ...] = ()
 
+    @property
+    def count(self) -> int:
+        """How many tensors there are."""
+        return len(self.tensors) - len({view.extent for view in self.views}) + len(self.views)
+
 
 @dataclass(frozen=True)
 class OpenFile:

@@ -93,8 +93,12 @@ def flatten(value: object, file: OpenFile, notes: Notes) -> dict[str, Tensor]:
     while waiting:
         name, node, depth = waiting.pop()
         nodes += 1 + (len(node) // 16 if isinstance(node, list | tuple) else 0)
-        if nodes > MAX_NODES or depth > MAX_DEPTH or len(name) > MAX_NAME:
-            raise file.invalid(f"more than {MAX_NODES} values, {MAX_DEPTH} levels or {MAX_NAME} characters in a name")
+        if nodes > MAX_NODES:
+            raise file.invalid(f"holds more than {MAX_NODES} values")
+        if depth > MAX_DEPTH or len(name) > MAX_NAME:
+            raise file.invalid(
+                f"{name[:100]!r}...: nested {depth} deep, at most {MAX_DEPTH}, in names of {MAX_NAME} characters"
+            )
         if isinstance(node, Tensor):
             name = name or "tensor"
             if name in tensors:
@@ -102,7 +106,7 @@ def flatten(value: object, file: OpenFile, notes: Notes) -> dict[str, Tensor]:
             tensors[name] = node
         elif isinstance(node, dict) and node:
             waiting += [(_join(name, key), child, depth + 1) for key, child in reversed(node.items())]
-        elif isinstance(node, list | tuple) and not all(isinstance(item, _SCALAR) for item in node):
+        elif isinstance(node, list | tuple) and not _SCALARS.issuperset(map(type, node)):
             waiting += [(_join(name, at), node[at], depth + 1) for at in reversed(range(len(node)))]
         elif isinstance(node, Storage):
             raise UnsupportedFormat(f"{file.path}: {name!r} is a storage without a tensor; {REMEDY}")
@@ -111,7 +115,7 @@ def flatten(value: object, file: OpenFile, notes: Notes) -> dict[str, Tensor]:
     return tensors
 
 
-_SCALAR = str | int | float | Global | None
+_SCALARS = frozenset({str, int, float, bool, Global, type(None)})
 
 
 def _join(name: str, key: object) -> str:
@@ -181,10 +185,8 @@ class _Layout:
         groups = [group for pieces in storages.values() for group in _overlapping(pieces)]
         groups.sort(key=lambda group: group.pieces[0].number)
         extents = tuple(self._extent(group) for group in groups)
-        if all(group.is_tensor for group in groups):
-            return extents, ()
-        views = [(piece.number, _view(piece, at, group)) for at, group in enumerate(groups) for piece in group.pieces]
-        return extents, tuple(view for _, view in sorted(views))
+        views = [_view(piece, at, group) for at, group in enumerate(groups) if not group.is_tensor for piece in group.pieces]
+        return extents, tuple(sorted(views, key=lambda view: view.number))
 
     def _piece(self, number: int, name: str, tensor: Tensor) -> _Piece:
         size, entry = item_bytes(tensor.dtype), self._find(tensor.storage)
@@ -224,7 +226,8 @@ class _Layout:
 
 def _view(piece: _Piece, extent: int, group: _Group) -> View:
     tensor = piece.tensor
-    return View(piece.name, extent, tensor.shape, tensor.strides, (piece.start - group.start) // item_bytes(tensor.dtype))
+    offset = (piece.start - group.start) // item_bytes(tensor.dtype)
+    return View(piece.name, piece.number, extent, tensor.shape, tensor.strides, offset)
 
 
 def _overlapping(pieces: list[_Piece]) -> Iterator[_Group]:

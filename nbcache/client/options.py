@@ -49,6 +49,8 @@ class Loaded:
         """Bytes of all tensors; what lies below several of them counts once."""
         if not self.manifest.views:
             return sum(tensor.nbytes for tensor in self.tensors.values())
-        items = {view.extent: self.tensors[view.name].element_size() for view in self.manifest.views}
-        extents = {number: self.manifest.tensors[number] for number in items}
-        return sum(size * (extents[number].nbytes // item_bytes(extents[number].dtype)) for number, size in items.items())
+        names = {view.extent: view.name for view in self.manifest.views}
+        return sum(
+            self.tensors[names.get(number, extent.name)].element_size() * (extent.nbytes // item_bytes(extent.dtype))
+            for number, extent in enumerate(self.manifest.tensors)
+        )

@@ -19,7 +19,7 @@ import torch
 
 from nbcache.client import tensors as edge
 from nbcache.client.session import Session
-from nbcache.manifest import Extent, Manifest, row_strides, stored_shape, whole_view
+from nbcache.manifest import Extent, Manifest, each_view, row_strides, stored_shape
 from nbcache.memory.driver import Mapped
 
 
@@ -46,9 +46,8 @@ class SlabMap:
 
         memory = cupy.cuda.UnownedMemory(self.address, self.size_bytes, self, self._device)
         arrays = {}
-        extents = self.manifest.tensors
-        for view in self.manifest.views or map(whole_view, extents, range(len(extents))):
-            extent = extents[view.extent]
+        for view in each_view(self.manifest):
+            extent = self.manifest.tensors[view.extent]
             dtype = cupy.dtype(_CUPY_DTYPES.get(extent.dtype) or f"u{edge.torch_dtype(extent).itemsize}")
             if extent.nbytes:
                 pointer = cupy.cuda.MemoryPointer(memory, extent.place + view.offset * dtype.itemsize)

@@ -67,12 +67,21 @@ def arrange(below: dict[str, torch.Tensor], manifest: Manifest) -> dict[str, tor
 
     Tensors that share an extent share memory, as in a stock load; each is an object of its own.
     """
+    if not manifest.views:
+        return below
+    hidden = manifest.below
+    plain = [extent.name for number, extent in enumerate(manifest.tensors) if number not in hidden]
     found: dict[str, torch.Tensor] = {}
+    taken = 0
     for view in manifest.views:
+        skipped = view.number - len(found)
+        found.update((name, below[name]) for name in plain[taken : taken + skipped])
+        taken += skipped
         base = below[manifest.tensors[view.extent].name]
         over = torch.empty(0, dtype=base.dtype, device=base.device)
         found[view.name] = over.set_(base.untyped_storage(), base.storage_offset() + view.offset, view.shape, view.strides)
-    return found or below
+    found.update((name, below[name]) for name in plain[taken:])
+    return found
 
 
 def torch_dtype(extent: Extent) -> torch.dtype:

@@ -14,7 +14,8 @@ PLAIN = (torch.float32, torch.float16)
 def gguf_parameters(weights: Weights) -> dict[str, torch.Tensor]:
     """The tensors as ``diffusers``' own GGUF loader gives them, over the same memory: nothing is copied.
 
-    Quantized ones are ``GGUFParameter`` with their ``quant_type``, for a model whose layers a ``GGUFQuantizationConfig`` made.
+    Quantized ones are ``GGUFParameter`` with their ``quant_type``. A model takes them in the place of a file, and is built
+    without copying: ``Model.from_single_file(gguf_parameters(weights), quantization_config=GGUFQuantizationConfig(...))``.
     A write to one is a write to the weights' tensor. PackageMissing without diffusers or gguf; UnsupportedFormat for a quant
     type that diffusers does not compute; WeightsReleased.
     """

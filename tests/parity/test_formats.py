@@ -319,6 +319,56 @@ def test_diffusers_gets_its_own_parameters_over_the_same_memory(runtime_dir, tmp
             assert_alike(found, expected, name)
 
 
+TINY = {
+    "patch_size": 2, "in_channels": 32, "out_channels": 8, "num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
+    "joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6),
+}  # fmt: skip
+
+
+def write_quantized_model(folder: Path) -> Path:
+    """A tiny transformer of diffusers as a config and a GGUF file, its linear layers in Q8_0."""
+    from diffusers import QwenImageTransformer2DModel
+
+    torch.manual_seed(0)
+    model = QwenImageTransformer2DModel(**TINY)
+    model.save_config(folder)
+    writer = gguf.GGUFWriter(folder / "model.gguf", "qwen_image")
+    for name, tensor in model.state_dict().items():
+        values = tensor.numpy()
+        if values.ndim == 2 and values.shape[1] % 32 == 0:
+            writer.add_tensor(name, gguf.quants.quantize(values, Kind.Q8_0), raw_dtype=Kind.Q8_0)
+        else:
+            writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / "model.gguf"
+
+
+def test_a_model_of_diffusers_runs_on_them_uncopied_and_as_the_stock_one(runtime_dir, tmp_path):
+    from diffusers import GGUFQuantizationConfig, QwenImageTransformer2DModel
+
+    path = write_quantized_model(tmp_path)
+    weights = load(path)
+
+    def build(source: object) -> torch.nn.Module:
+        config = GGUFQuantizationConfig(compute_dtype=torch.float32)
+        options = {"quantization_config": config, "config": str(tmp_path), "torch_dtype": torch.float32}
+        return QwenImageTransformer2DModel.from_single_file(source, **options)
+
+    @torch.no_grad()
+    def run(model: torch.nn.Module) -> torch.Tensor:
+        image, text = torch.ones(1, 16, 32), torch.ones(1, 3, 32)
+        mask, steps = torch.ones(1, 3, dtype=torch.long), torch.tensor([1.0])
+        return model(image, text, encoder_hidden_states_mask=mask, timestep=steps, img_shapes=[[(1, 4, 4)]]).sample
+
+    stock, ours = build(str(path)), build(gguf_parameters(weights))
+    assert all(parameter.data_ptr() == weights[name].data_ptr() for name, parameter in ours.named_parameters())
+    assert {name for name, parameter in ours.named_parameters() if hasattr(parameter, "quant_type")} == set(weights.quant_types)
+    assert torch.equal(run(ours), run(stock))
+
+
 def test_a_type_that_diffusers_does_not_compute_is_named(runtime_dir, tmp_path):
     with pytest.raises(errors.UnsupportedFormat, match="'IQ1_S' is IQ1_S, which diffusers does not compute"):
         gguf_parameters(load(write_gguf(tmp_path / "model.gguf", (Kind.IQ1_S,))))

@@ -20,6 +20,7 @@ from nbcache.manifest import (
     Member,
     View,
     decode_manifest,
+    each_view,
     encode_manifest,
     key_of,
     nbytes_of,
@@ -94,7 +95,7 @@ LIES = {
 
 def viewed(manifest, **fields):
     """The manifest with one view of its first tensor, 15 elements, with these fields."""
-    view = msgspec.structs.replace(View("v", 0, (5, 3), (1, 5), 0), **fields)
+    view = msgspec.structs.replace(View("v", 0, 0, (5, 3), (1, 5), 0), **fields)
     return msgspec.structs.replace(manifest, views=(view,))
 
 
@@ -109,14 +110,28 @@ LIES |= {
     "a view of too few strides": (lambda m: viewed(m, strides=(1,)), "view 'v'"),
     "an immense view": (lambda m: viewed(m, shape=(1 << 40, 1 << 40), strides=(0, 0)), "view 'v'"),
     "an empty view far away": (lambda m: viewed(m, shape=(0,), strides=(1,), offset=16), "view 'v'"),
-    "one view twice": (lambda m: msgspec.structs.replace(m, views=viewed(m).views * 2), "two views of one name"),
+    "one view twice": (lambda m: msgspec.structs.replace(m, views=viewed(m).views * 2), "'v' has the name of another tensor"),
+    "a view of another's name": (lambda m: viewed(m, name="t1"), "'t1' has the name of another tensor"),
+    "a view beyond the last": (lambda m: viewed(m, number=4), "'v' is number 4 of 4"),
+    "a view before the first": (lambda m: viewed(m, number=-1), "'v' is number -1 of 4"),
+    "views out of order": (
+        lambda m: msgspec.structs.replace(m, views=(viewed(m, number=1).views[0], viewed(m, name="w").views[0])),
+        "'w' is number 0 of 5, after 1",
+    ),
 }
 
 
 def test_honest_views_pass_and_are_what_counts():
     manifest = viewed(honest())
     manifest.check()
-    assert (manifest.count, honest().count) == (1, len(honest().tensors))
+    assert (manifest.count, honest().count) == (4, 4)
+    assert [view.name for view in each_view(manifest)] == ["v", "t1", "t2", "t3"]
+    two = msgspec.structs.replace(
+        manifest, views=(viewed(honest(), number=1).views[0], viewed(honest(), name="w", number=4).views[0])
+    )
+    two.check()
+    assert [view.name for view in each_view(two)] == ["t1", "v", "t2", "t3", "w"]
+    assert [view.number for view in each_view(two)] == list(range(two.count))
     assert decode_manifest(encode_manifest(manifest)) == manifest
     viewed(honest(), shape=(1 << 40,), strides=(0,), offset=14).check()
 
