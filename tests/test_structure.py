@@ -70,6 +70,15 @@ INNER_RANKS: dict[str, dict[str, int]] = {
         "api": 8,
     },
     "memory": {"shared": 0, "driver": 0, "arena": 1},
+    "models": {
+        "packages": 0,
+        "supply": 1,
+        "diffusers": 2,
+        "transformers": 2,
+        "pipelines": 3,
+        "assembly": 4,
+        "api": 5,
+    },
 }
 """The same rule within a part: a module imports those of lower ranks alone."""
 
@@ -267,7 +276,7 @@ def test_a_planted_violation_is_seen(tmp_path, path, planted):
     [
         ("client/tensors.py", "import torch"),
         ("client/loading.py", "import torch\nfrom nbcache.client.device import find_device"),
-        ("models/lora.py", "from torch import nn"),
+        ("models/diffusers.py", "from torch import nn"),
         ("client/weights.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\n    import nbcache.cli"),
         (
             "client/options.py",
@@ -322,12 +331,20 @@ def modules_after(statement: str) -> set[str]:
     return set(json.loads(done.stdout))
 
 
-SLOW = ("torch", "numpy", "safetensors", "cupy", "cupyx", "cuda", "pynvml", "transformers")
+SLOW = ("torch", "numpy", "safetensors", "cupy", "cupyx", "cuda", "pynvml", "transformers", "diffusers", "huggingface_hub")
 
 
 @pytest.mark.parametrize(
     "module",
-    ["nbcache", "nbcache.cli", "nbcache.bench", "nbcache.daemon.lifecycle", "nbcache.client.api", "nbcache.jupyter.magics"],
+    [
+        "nbcache",
+        "nbcache.cli",
+        "nbcache.bench",
+        "nbcache.daemon.lifecycle",
+        "nbcache.client.api",
+        "nbcache.jupyter.magics",
+        "nbcache.models.api",
+    ],
 )
 def test_starting_does_not_import_torch(module):
     loaded = modules_after(f"import {module}")
@@ -353,8 +370,8 @@ def test_the_probe_sees_torch_when_it_is_there():
 
 
 SURFACE = {
-    "NBCacheError", "Weights", "__version__", "errors", "evict", "evict_all", "free_gpu", "load", "pin", "put", "status",
-    "unpin",
+    "NBCacheError", "Weights", "__version__", "errors", "evict", "evict_all", "free_gpu", "load", "load_model", "pin",
+    "put", "status", "unpin",
 }  # fmt: skip
 
 
@@ -367,10 +384,12 @@ def test_the_public_surface_is_exactly_what_is_documented():
 def test_every_public_name_is_there_documented_and_one_object():
     from nbcache import errors
     from nbcache.client import api, weights
+    from nbcache.models import api as models
 
     for name in SURFACE - {"__version__"}:
         assert getattr(nbcache, name).__doc__, name
     assert nbcache.load is api.load
+    assert nbcache.load_model is models.load_model
     assert nbcache.put is api.put
     assert nbcache.free_gpu is api.free_gpu
     assert nbcache.Weights is weights.Weights
@@ -386,5 +405,5 @@ def test_a_name_that_is_not_public_is_an_attribute_error():
 
 def test_the_package_names_itself_in_its_docstring_functions():
     """The module's docstring presents the functions that a user calls."""
-    for name in ("load", "put", "status", "evict", "pin", "unpin"):
+    for name in ("load", "load_model", "put", "status", "evict", "pin", "unpin"):
         assert f":func:`{name}`" in nbcache.__doc__
