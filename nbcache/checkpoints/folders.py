@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,3 +135,13 @@ def class_name_of(config: Mapping[str, Any], path: str) -> str:
     if not isinstance(name, str):
         raise CheckpointInvalid(f"{path}: names no class (_class_name, architectures)")
     return name
+
+
+def variant_names(folder: str) -> list[str]:
+    """The files in a folder that stand for some variant of its weights."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return []
+    found = re.compile(rf"({'|'.join(STEMS)})\.(safetensors\.index\.[\w-]+\.json|[\w-]+\.safetensors)")
+    return sorted(name for name in names if found.fullmatch(name))

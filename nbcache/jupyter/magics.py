@@ -21,10 +21,10 @@ from IPython.core.magic_arguments import argument, magic_arguments, parse_argstr
 
 from nbcache.client import api
 from nbcache.client.options import SHARE_MODES
-from nbcache.client.weights import Weights
 from nbcache.config import NBCache
 from nbcache.errors import NBCacheError
-from nbcache.jupyter.display import StatusView, idle_slab_bytes, summary
+from nbcache.jupyter.display import StatusView, idle_slab_bytes, model_summary, summary
+from nbcache.models import api as models
 from nbcache.units import format_size
 
 R = TypeVar("R")
@@ -52,28 +52,44 @@ class NBCacheMagics(Magics):
 
     @_one_line_errors
     @magic_arguments()
-    @argument("name", metavar="NAME", help="A saved name, or the path of a .safetensors file, a shard index or a folder.")
+    @argument("name", metavar="NAME", help="A saved name, an alias, a file, a shard index, a folder, or a hub id.")
     @argument("--as", dest="variable", metavar="VAR", help="Bind this variable and print a summary, instead of returning.")
     @argument("--device", help="cpu, cuda, cuda:1, ... Default: cuda where there is one, else cpu.")
     @argument("--dtype", help="Cast floating-point tensors, such as bfloat16. Default: as in the file.")
     @argument("--share", choices=SHARE_MODES, default="cow", help="How to share with the cache. Default: cow.")
+    @argument("--component", default="", metavar="A,B", help="Of a pipeline, these components alone.")
+    @argument("--raw", action="store_true", help="Give weights, where a folder would give a model or a pipeline.")
+    @argument("--revision", default="", help="Of a hub id: the branch, tag or commit.")
+    @argument("--variant", default="", help="The variant of the files, such as fp16.")
+    @argument("--subfolder", default="", help="The folder in NAME to load.")
     @line_magic
-    def load_weights(self, line: str) -> Weights | None:
-        """Load weights from the cache, reading them into it first if need be.
+    def load_weights(self, line: str) -> Any:  # noqa: ANN401 - weights, a model, a pipeline
+        """Load weights from the cache, reading them into it first if need be; a folder of a model gives the model.
 
         Examples::
 
             w = %load_weights model.safetensors
-            %load_weights ~/models/minilm --as w
+            %load_weights ~/models/minilm --raw --as w
+            pipe = %load_weights flux-dev
         """
         args = parse_argstring(self.load_weights, line)
         if args.variable and (not args.variable.isidentifier() or keyword.iskeyword(args.variable)):
             raise UsageError(f"--as {args.variable}: not the name of a variable")
         start = time.perf_counter()
-        weights = api.load(_unquoted(args.name), args.device, args.dtype, args.share)
+        name = _unquoted(args.name)
+        where = {"revision": args.revision, "variant": args.variant, "subfolder": args.subfolder}
+        if args.component or models.is_model(name):
+            made = models.assemble_name(
+                name, args.device, args.dtype, args.share, components=args.component, raw=args.raw, **where
+            )
+            print(model_summary(made, name))  # noqa: T201
+            weights = made.value
+        else:
+            weights = api.load(name, args.device, args.dtype, args.share, **where)
+            if args.variable:
+                print(summary(weights, time.perf_counter() - start))  # noqa: T201
         if not args.variable:
             return weights
-        print(summary(weights, time.perf_counter() - start))  # noqa: T201
         self._shell.user_ns[args.variable] = weights
         return None
 

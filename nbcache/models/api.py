@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,9 @@ def load_model(
     torch_dtype: str | torch.dtype | Mapping[str, Any] | None = None,
     components: str | Sequence[str] = (),
     raw: bool = False,
+    revision: str = "",
     variant: str = "",
+    subfolder: str = "",
     model_class: Any = None,  # noqa: ANN401 - a class of a library that need not be installed, or its name
     on_progress: ProgressCallback | None = None,
     **options: Any,  # noqa: ANN401 - those of the library's own from_pretrained
@@ -33,8 +36,9 @@ def load_model(
 
     Parameters
     ----------
-    name : the path of a folder: with a ``model_index.json`` it gives that pipeline, with a ``config.json`` of diffusers or
-        transformers that model; what has neither gives :class:`nbcache.Weights`, as :func:`nbcache.load` does
+    name : an alias, the path of a folder, or a repository of the hub, which is downloaded if it is not in the hub's cache. A
+        folder with a ``model_index.json`` gives that pipeline, with a ``config.json`` of diffusers or transformers that model;
+        what has neither gives :class:`nbcache.Weights`, as :func:`nbcache.load` does
     device : where to; None means cuda where there is one, else cpu
     dtype, torch_dtype : the same by two names: what floating-point tensors are cast to, the modules left in float32 that the
         library leaves so; a mapping gives one for each component, and ``default``. None: as in the files (for transformers:
@@ -42,7 +46,8 @@ def load_model(
     share : ``cow``, ``readonly`` or ``private``, as in :func:`nbcache.load`
     components : load these of a pipeline alone: one gives that object, several a dict
     raw : give ``Weights`` in place of models; for a pipeline a dict of them, by component
-    variant : such as ``fp16``: files of that variant, where there are any
+    revision, variant, subfolder : of a repository, which branch, tag or commit; such as ``fp16``: files of that variant,
+        where there are any; which folder in it
     model_class : in place of the class that the config names; what the checkpoint lacks for it is then initialised by the
         library, which says so
     on_progress : called with staged and total bytes while files are read
@@ -60,11 +65,24 @@ def load_model(
         torch_dtype=torch_dtype,
         components=components,
         raw=raw,
+        revision=revision,
         variant=variant,
+        subfolder=subfolder,
         model_class=model_class,
         on_progress=on_progress,
         **options,
     ).value
+
+
+def is_model(name: str) -> bool:
+    """Whether a name means a folder that gives a model, or may once it is downloaded. A saved entry is none."""
+    from nbcache.checkpoints.folders import FolderKind, kind_of
+    from nbcache.client.fill import is_saved, meaning_of
+
+    meaning = meaning_of(name)[1]
+    if meaning.repo_id and "/" not in name and not meaning.aliased and is_saved(name):
+        return False
+    return kind_of(meaning.path) is not FolderKind.BARE or bool(meaning.repo_id and not os.path.isdir(meaning.path))
 
 
 def assemble_name(
@@ -76,17 +94,25 @@ def assemble_name(
     torch_dtype: object = None,
     components: str | Sequence[str] = (),
     raw: bool = False,
+    revision: str = "",
     variant: str = "",
+    subfolder: str = "",
     model_class: Any = None,  # noqa: ANN401
     on_progress: ProgressCallback | None = None,
     **options: Any,  # noqa: ANN401
 ) -> Assembled:
     """As :func:`load_model`, with what it is made of and where the time went."""
-    from nbcache.models.assembly import Request, assemble
+    from nbcache.checkpoints.names import find
+    from nbcache.client.fill import meaning_of
+
+    folder = find(meaning_of(name)[0], revision, subfolder, variant)
+    start = time.perf_counter()
+    from nbcache.models.assembly import Request, assemble  # brings torch
     from nbcache.models.supply import Supply, one_dtype
 
+    imports_s = time.perf_counter() - start
     if isinstance(components, str):
         components = tuple(part.strip() for part in components.split(",") if part.strip())
     supply = Supply(device, one_dtype(dtype, torch_dtype), share, on_progress)
-    folder = os.path.abspath(os.path.expanduser(os.fspath(name)))
+    supply.clock.spent.imports_s = imports_s
     return assemble(folder, Request(tuple(components), raw, variant, model_class, options), supply)
