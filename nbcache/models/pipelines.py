@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +33,16 @@ def model_components(index: PipelineIndex) -> dict[str, type[Any]]:
     return found
 
 
+def import_the_rest() -> None:
+    """Import what ``from_pretrained`` imports on the way: every class that a component may be of."""
+    library = require("diffusers", WHAT)
+    transformers.prepare()
+    for package, names in library.pipelines.pipeline_loading_utils.LOADABLE_CLASSES.items():
+        with contextlib.suppress(ImportError):
+            for name in names:
+                getattr(importlib.import_module(package), name, None)
+
+
 def component_class(index: PipelineIndex, component: Component) -> type[Any] | None:
     """The class of a component; None where it comes from elsewhere than the libraries that the cache serves."""
     library = require("diffusers", WHAT)
@@ -54,6 +65,7 @@ def assemble(
     with supply.clock.imports():
         pipeline_class = class_of(library, index.class_name, index.folder)
         classes = model_components(index)
+        import_the_rest()
     models = {
         name: assemble_component(index, name, cls, supply, variant)
         for name, cls in classes.items()
@@ -111,7 +123,7 @@ def _for_the_rest(supply: Supply, classes: dict[str, Any], models: dict[str, Any
     return {"torch_dtype": dtype} if dtype is not None and classes.keys() - models.keys() - given.keys() else {}
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
     with quiet(require("diffusers", WHAT), require("transformers", WHAT)):
         yield
