@@ -55,8 +55,9 @@ T5: dict[str, Any] = {
     "eos_token_id": 1, "decoder_start_token_id": 0,
 }  # fmt: skip
 SMALL: dict[str, dict[str, Any]] = {
-    "transformer": {"in_channels": 16, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
-                    "joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": [4, 4, 8]},
+    "transformer": {"in_channels": 16, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16,
+                    "num_attention_heads": 2, "joint_attention_dim": 32, "pooled_projection_dim": 32,
+                    "axes_dims_rope": [4, 4, 8]},
     "vae": {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2,
             "block_out_channels": [16, 16], "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4},
     "text_encoder": {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -64,11 +65,16 @@ SMALL: dict[str, dict[str, Any]] = {
     "text_encoder_2": {"d_model": 32, "d_ff": 37, "d_kv": 8, "num_heads": 4, "num_layers": 2},
 }  # fmt: skip
 INDEX: dict[str, Any] = {
-    "_class_name": "FluxPipeline", "_diffusers_version": "0.30.0",
-    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"], "text_encoder": ["transformers", "CLIPTextModel"], "text_encoder_2": ["transformers", "T5EncoderModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "T5TokenizerFast"],
-    "transformer": ["diffusers", "FluxTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"],
-}  # fmt: skip
+    "_class_name": "FluxPipeline",
+    "_diffusers_version": "0.30.0",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
 
 
 def write_pipeline(folder: str, small: bool = False) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,24 +41,8 @@ class Request:
 
 def assemble(folder: str, request: Request, supply: Supply) -> Assembled:
     """Load what a path holds: a pipeline, a model, or ``Weights`` where it is neither (or with ``raw``)."""
-    with _no_collection():
-        value, what = _assemble(folder, request, supply)
+    value, what = _assemble(folder, request, supply)
     return Assembled(value, folder, what, supply.named_device, supply.tally, supply.clock.stop())
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Without the garbage collector, for which the thousand modules of a model are a reason to look through all libraries.
-
-    Seen: 0.26 s of the 0.5 s that a small pipeline took, and nothing to collect.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _assemble(folder: str, request: Request, supply: Supply) -> tuple[Any, str]:
@@ -94,9 +76,6 @@ def _assemble_model(folder: str, kind: FolderKind, request: Request, supply: Sup
 def _assemble_pipeline(index: PipelineIndex, request: Request, supply: Supply) -> tuple[Any, str]:
     pipelines.check_names(index, request.components)
     if not request.raw and not request.components:
-        with supply.clock.imports():
-            require("diffusers", pipelines.WHAT)
-            require("transformers", pipelines.WHAT)
         pipeline = pipelines.assemble(index, supply, request.variant, dict(request.options or {}))
         return pipeline, type(pipeline).__name__
     with supply.clock.imports():

@@ -35,9 +35,9 @@ def model_components(index: PipelineIndex) -> dict[str, type[Any]]:
 
 def import_the_rest() -> None:
     """Import what ``from_pretrained`` imports on the way: every class that a component may be of."""
-    library = require("diffusers", WHAT)
     transformers.prepare()
-    for package, names in library.pipelines.pipeline_loading_utils.LOADABLE_CLASSES.items():
+    loading = require("diffusers.pipelines.pipeline_loading_utils", WHAT)
+    for package, names in loading.LOADABLE_CLASSES.items():
         with contextlib.suppress(ImportError):
             for name in names:
                 getattr(importlib.import_module(package), name, None)
@@ -60,9 +60,10 @@ def assemble(
     given: dict[str, Any] | None = None,
 ) -> Any:  # noqa: ANN401
     """The pipeline of a folder. ``given`` are components and settings of the caller's, as ``from_pretrained`` takes them."""
-    library = require("diffusers", WHAT)
     given = given or {}
     with supply.clock.imports():
+        library = require("diffusers", WHAT)
+        require("transformers", WHAT)
         pipeline_class = class_of(library, index.class_name, index.folder)
         classes = model_components(index)
         import_the_rest()
