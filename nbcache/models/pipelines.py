@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from nbcache.checkpoints.folders import CONFIG, Component, PipelineIndex, read_json
 from nbcache.client.notices import notify
-from nbcache.errors import CheckpointError, InvalidOption
+from nbcache.errors import CheckpointError, CheckpointIncomplete, InvalidOption
 from nbcache.models import diffusers, transformers
 from nbcache.models.packages import class_of, quiet, require
 from nbcache.models.supply import Supply
@@ -85,6 +86,8 @@ def assemble(
 def assemble_component(index: PipelineIndex, name: str, cls: type[Any], supply: Supply, variant: str = "") -> torch.nn.Module:
     """One model of a pipeline. Raises as :func:`nbcache.load`, and ModelMismatch; the message names the component."""
     folder = index.home(name)
+    if not os.path.exists(os.path.join(folder, CONFIG)):
+        raise CheckpointIncomplete(f"{name}: {index.folder}/{name}/{CONFIG} is missing; download it again")
     room = diffusers if issubclass(cls, require("diffusers", WHAT).ModelMixin) else transformers
     try:
         with _quiet_libraries():
@@ -115,7 +118,8 @@ def check_names(index: PipelineIndex, names: Iterable[str]) -> None:
 
 def _is_served(index: PipelineIndex, name: str) -> bool:
     """Whether the plain tensors of a component are its weights: those of a quantized one are not."""
-    return not read_json(f"{index.home(name)}/{CONFIG}").get("quantization_config")
+    path = os.path.join(index.home(name), CONFIG)
+    return not (os.path.exists(path) and read_json(path).get("quantization_config"))
 
 
 def _for_the_rest(supply: Supply, classes: dict[str, Any], models: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

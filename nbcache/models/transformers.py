@@ -66,13 +66,14 @@ def assemble(
     # A slab that is cast as a whole will do only where nothing stays in float32.
     whole = not _may_keep_fp32(cls, config)
     tensors = dict(supply.weights(weights_path(folder, variant), dtype if whole else None))
-    with building, _no_warmup(library), _restored(library):
+    with building, _no_warmup(library):
         model, report = cls.from_pretrained(
             None,
             config=config,
             state_dict=tensors,
             device_map={"": supply.device} if supply.device.type != "cpu" else None,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, with their names
             **{_dtype_word(library): "auto" if dtype is None else dtype},
             **options,
         )
@@ -106,17 +107,6 @@ def _no_warmup(library: Any) -> Iterator[None]:  # noqa: ANN401
         yield
     finally:
         module.caching_allocator_warmup = stock
-
-
-@contextlib.contextmanager
-def _restored(library: Any) -> Iterator[None]:  # noqa: ANN401
-    """An error of the library's about shapes as ours."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "size mismatch" not in str(error) and "mismatch" not in str(error):
-            raise
-        raise ModelMismatch(f"{library.__name__}: {' '.join(str(error).split())}") from error
 
 
 def _check(report: dict[str, Any], cls: type[Any], what: str, lenient: bool) -> None:
