@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import gc
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +43,21 @@ class Request:
 
 def assemble(folder: str, request: Request, supply: Supply) -> Assembled:
     """Load what a path holds: a pipeline, a model, or ``Weights`` where it is neither (or with ``raw``)."""
-    value, what = _assemble(folder, request, supply)
+    with _no_collection():
+        value, what = _assemble(folder, request, supply)
     return Assembled(value, folder, what, supply.named_device, supply.tally, supply.clock.stop())
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without the garbage collector: the modules of a model are a reason for it to look through all that was imported."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _assemble(folder: str, request: Request, supply: Supply) -> tuple[Any, str]:

@@ -53,14 +53,14 @@ def fill(
     with building:
         model: torch.nn.Module = _build_empty(_remapped(cls, config), config, dtype)
     model._fix_state_dict_keys_on_load(tensors)  # type: ignore[operator]
-    _check_keys(model, tensors, name or folder)
     try:
-        model.load_state_dict(tensors, strict=False, assign=True)
+        absent, surplus = model.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:]]
         raise ModelMismatch(
             f"{name or folder}: {len(lines)} tensors do not fit {type(model).__name__}: {lines[0] if lines else error}"
         ) from error
+    _check_keys(model, absent, surplus, name or folder)
     move_buffers(model, supply.device)
     model.register_to_config(_name_or_path=folder)  # type: ignore[operator]
     model.eval()
@@ -98,13 +98,11 @@ def _remapped(cls: type[Any], config: dict[str, Any]) -> type[Any]:
     return cls
 
 
-def _check_keys(model: Any, tensors: dict[str, torch.Tensor], what: str) -> None:  # noqa: ANN401
-    expected = set(model.state_dict())
+def _check_keys(model: torch.nn.Module, absent: list[str], surplus: list[str], what: str) -> None:
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
-    absent = sorted(expected - tensors.keys())
-    surplus = sorted(key for key in tensors.keys() - expected if not any(re.search(pattern, key) for pattern in ignored))
+    surplus = [key for key in surplus if not any(re.search(pattern, key) for pattern in ignored)]
     if absent or surplus:
-        raise mismatch(what, type(model).__name__, absent, surplus)
+        raise mismatch(what, type(model).__name__, sorted(absent), sorted(surplus))
 
 
 def move_buffers(model: torch.nn.Module, device: torch.device) -> None:
