@@ -76,8 +76,9 @@ INNER_RANKS: dict[str, dict[str, int]] = {
         "diffusers": 2,
         "transformers": 2,
         "pipelines": 3,
-        "assembly": 4,
-        "api": 5,
+        "single_file": 4,
+        "assembly": 5,
+        "api": 6,
     },
 }
 """The same rule within a part: a module imports those of lower ranks alone."""

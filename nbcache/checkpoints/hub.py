@@ -90,8 +90,8 @@ def _has_weights(folder: str, variant: str) -> bool:
     return shards <= names
 
 
-def fetch(repo_id: str, revision: str = "", subfolder: str = "", variant: str = "") -> str:
-    """Download what a load of a repository needs into the hub's cache; the snapshot's folder.
+def fetch(repo_id: str, revision: str = "", subfolder: str = "", variant: str = "", weights: bool = True) -> str:
+    """Download what a load of a repository needs into the hub's cache, or its config files alone; the snapshot's folder.
 
     PackageMissing; HubUnreachable, HubDenied, each with what to do; CheckpointNotFound if there is no such repository,
     revision or folder in it.
@@ -113,6 +113,8 @@ def fetch(repo_id: str, revision: str = "", subfolder: str = "", variant: str = 
         if not wanted:
             where = f" in {subfolder}" if subfolder else ""
             raise CheckpointNotFound(f"{repo_id}: the repository has no weights that nbcache reads{where}")
+        if not weights:
+            wanted = [name for name in wanted if not name.endswith(_WEIGHTS)]
         folder: str = huggingface_hub.snapshot_download(
             repo_id, revision=revision or None, cache_dir=cache_folder(), allow_patterns=list(map(_literally, wanted))
         )

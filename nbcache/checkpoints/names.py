@@ -59,6 +59,16 @@ def find(name: str, revision: str = "", subfolder: str = "", variant: str = "") 
     return path
 
 
+def find_config(name: str) -> str:
+    """As :func:`find`, for the config files of a folder or repository alone: its weights are not downloaded."""
+    meaning = look_up(name)
+    if meaning.repo_id and not os.path.isdir(meaning.path):
+        return hub.fetch(meaning.repo_id, weights=False)
+    if not os.path.isdir(meaning.path):
+        raise CheckpointNotFound(f"{name}: no such folder, alias or repository ({meaning.path})")
+    return meaning.path
+
+
 def find_weights(name: str, revision: str = "", subfolder: str = "", variant: str = "") -> str:
     """As :func:`find`, for weights alone: of a variant, its own file."""
     path = find(name, revision, subfolder, variant)

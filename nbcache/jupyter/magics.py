@@ -61,6 +61,9 @@ class NBCacheMagics(Magics):
     @argument("--raw", action="store_true", help="Give weights, where a folder would give a model or a pipeline.")
     @argument("--revision", default="", help="Of a hub id: the branch, tag or commit.")
     @argument("--variant", default="", help="The variant of the files, such as fp16.")
+    @argument(
+        "--config", default="", help="Of a single-file checkpoint: the folder or hub id of a pipeline that is built alike."
+    )
     @argument("--subfolder", default="", help="The folder in NAME to load.")
     @line_magic
     def load_weights(self, line: str) -> Any:  # noqa: ANN401 - weights, a model, a pipeline
@@ -78,9 +81,9 @@ class NBCacheMagics(Magics):
         start = time.perf_counter()
         name = _unquoted(args.name)
         where = {"revision": args.revision, "variant": args.variant, "subfolder": args.subfolder}
-        if args.component or models.is_model(name):
+        if args.component or args.config or models.is_model(name):
             made = models.assemble_name(
-                name, args.device, args.dtype, args.share, components=args.component, raw=args.raw, **where
+                name, args.device, args.dtype, args.share, components=args.component, raw=args.raw, config=args.config, **where
             )
             print(model_summary(made, name))  # noqa: T201
             weights = made.value

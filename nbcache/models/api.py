@@ -28,6 +28,7 @@ def load_model(
     revision: str = "",
     variant: str = "",
     subfolder: str = "",
+    config: str | os.PathLike[str] = "",
     model_class: Any = None,  # noqa: ANN401 - a class of a library that need not be installed, or its name
     on_progress: ProgressCallback | None = None,
     **options: Any,  # noqa: ANN401 - those of the library's own from_pretrained
@@ -48,6 +49,8 @@ def load_model(
     raw : give ``Weights`` in place of models; for a pipeline a dict of them, by component
     revision, variant, subfolder : of a repository, which branch, tag or commit; such as ``fp16``: files of that variant,
         where there are any; which folder in it
+    config : for a single-file checkpoint in its authors' own layout: the folder or hub id of a diffusers pipeline or model that
+        is built the same; the file is converted once, and kept converted as saved entries
     model_class : in place of the class that the config names; what the checkpoint lacks for it is then initialised by the
         library, which says so
     on_progress : called with staged and total bytes while files are read
@@ -68,6 +71,7 @@ def load_model(
         revision=revision,
         variant=variant,
         subfolder=subfolder,
+        config=config,
         model_class=model_class,
         on_progress=on_progress,
         **options,
@@ -97,15 +101,17 @@ def assemble_name(
     revision: str = "",
     variant: str = "",
     subfolder: str = "",
+    config: str | os.PathLike[str] = "",
     model_class: Any = None,  # noqa: ANN401
     on_progress: ProgressCallback | None = None,
     **options: Any,  # noqa: ANN401
 ) -> Assembled:
     """As :func:`load_model`, with what it is made of and where the time went."""
-    from nbcache.checkpoints.names import find
+    from nbcache.checkpoints.names import find, find_config
     from nbcache.client.fill import meaning_of
 
     folder = find(meaning_of(name)[0], revision, subfolder, variant)
+    config_folder = find_config(meaning_of(config)[0]) if config else ""
     start = time.perf_counter()
     from nbcache.models.assembly import Request, assemble  # brings torch
     from nbcache.models.supply import Supply, one_dtype
@@ -115,4 +121,4 @@ def assemble_name(
         components = tuple(part.strip() for part in components.split(",") if part.strip())
     supply = Supply(device, one_dtype(dtype, torch_dtype), share, on_progress)
     supply.clock.spent.imports_s = imports_s
-    return assemble(folder, Request(tuple(components), raw, variant, model_class, options), supply)
+    return assemble(folder, Request(tuple(components), raw, variant, model_class, config_folder, options), supply)

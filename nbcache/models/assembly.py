@@ -12,7 +12,7 @@ import torch
 
 from nbcache.checkpoints.folders import FolderKind, PipelineIndex, kind_of, read_pipeline, weights_path
 from nbcache.errors import InvalidOption
-from nbcache.models import diffusers, pipelines, transformers
+from nbcache.models import diffusers, pipelines, single_file, transformers
 from nbcache.models.packages import class_of, quiet, require
 from nbcache.models.supply import Spent, Supply, Tally
 
@@ -38,6 +38,8 @@ class Request:
     raw: bool = False
     variant: str = ""
     model_class: Any = None
+    config: str = ""
+    """For a single file: the folder that says how it is built."""
     options: Mapping[str, Any] | None = None
 
 
@@ -61,6 +63,9 @@ def _no_collection() -> Iterator[None]:
 
 
 def _assemble(folder: str, request: Request, supply: Supply) -> tuple[Any, str]:
+    if request.config:
+        made = single_file.assemble(folder, request.config, request.model_class, supply, request.options or {})
+        return made, type(made).__name__
     kind = kind_of(folder)
     if kind is FolderKind.PIPELINE:
         return _assemble_pipeline(read_pipeline(folder), request, supply)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -33,11 +33,16 @@ def assemble(folder: str, cls: type[Any], supply: Supply, *, name: str = "", var
     ModelMismatch; and what :func:`nbcache.load` raises.
     """
     dtype = supply.dtype_of(name)
-    kept = cls._keep_in_fp32_modules or []
-    kept = [kept] if isinstance(kept, str) else kept
-    tensors = supply.tensors(weights_path(folder, variant), dtype, lambda key: any(part in kept for part in key.split(".")))
+    tensors = supply.tensors(weights_path(folder, variant), dtype, keeps_fp32(cls))
     config = cls.load_config(folder)
     return fill(cls, config, tensors, dtype or floating_dtype(tensors), supply, folder, name)
+
+
+def keeps_fp32(cls: type[Any]) -> Callable[[str], bool]:
+    """Which tensors a class leaves in float32 whatever the rest is cast to."""
+    kept = cls._keep_in_fp32_modules or []
+    names = {kept} if isinstance(kept, str) else set(kept)
+    return lambda key: not names.isdisjoint(key.split("."))
 
 
 def fill(

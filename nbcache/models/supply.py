@@ -143,6 +143,12 @@ def one_dtype(dtype: object, torch_dtype: object) -> object:
     return torch_dtype if dtype is None else dtype
 
 
+def widest_dtype(tensors: Mapping[str, torch.Tensor]) -> torch.dtype | None:
+    """The widest floating-point dtype among tensors: what holds them all."""
+    found = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    return max(found, key=lambda dtype: (dtype.itemsize, str(dtype)), default=None)
+
+
 def floating_dtype(tensors: Mapping[str, torch.Tensor]) -> torch.dtype | None:
     """The dtype of the first floating-point tensor, which is what a library would take a checkpoint's dtype to be."""
     return next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), None)

@@ -18,7 +18,7 @@ import torch
 from nbcache.checkpoints.folders import CONFIG, read_json, weights_path
 from nbcache.errors import ModelMismatch
 from nbcache.models.packages import building, class_of, mismatch, require
-from nbcache.models.supply import Supply
+from nbcache.models.supply import Supply, widest_dtype
 
 WHAT = "loading a transformers model"
 
@@ -47,14 +47,15 @@ def assemble(
     *,
     name: str = "",
     variant: str = "",
+    source: str = "",
     lenient: bool = False,
     **options: Any,  # noqa: ANN401
 ) -> torch.nn.Module:
     """The model of a folder, on the supply's device, in eval mode.
 
-    ``name`` is the component it is, for dtype and messages; ``lenient`` lets the library initialise what the checkpoint lacks,
-    as it does for a class with another head. ``options`` are those of the class's ``from_pretrained``. ModelMismatch; and what
-    :func:`nbcache.load` raises.
+    ``name`` is the component it is, for dtype and messages; ``source`` a saved entry to take the tensors from; ``lenient`` lets
+    the library initialise what the checkpoint lacks, as it does for a class with another head. ``options`` are those of the
+    class's ``from_pretrained``. ModelMismatch; and what :func:`nbcache.load` raises.
     """
     library = require("transformers", WHAT)
     with supply.clock.imports():
@@ -65,7 +66,7 @@ def assemble(
     dtype = supply.dtype_of(name)
     # A slab that is cast as a whole will do only where nothing stays in float32.
     whole = not _may_keep_fp32(cls, config)
-    tensors = dict(supply.weights(weights_path(folder, variant), dtype if whole else None))
+    tensors = dict(supply.weights(source or weights_path(folder, variant), dtype if whole else None))
     with building, _no_warmup(library):
         model, report = cls.from_pretrained(
             None,
@@ -74,12 +75,17 @@ def assemble(
             device_map={"": supply.device} if supply.device.type != "cpu" else None,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, with their names
-            **{_dtype_word(library): "auto" if dtype is None else dtype},
+            **{_dtype_word(library): _wanted(dtype, tensors if source else {})},
             **options,
         )
     _check(report, cls, name or folder, lenient)
     _remember(model, library, folder)
     return model  # type: ignore[no-any-return]
+
+
+def _wanted(dtype: torch.dtype | None, converted: dict[str, torch.Tensor]) -> torch.dtype | str:
+    """The dtype to ask the library for: that of a converted file's tensors, or else what the config says."""
+    return dtype or widest_dtype(converted) or "auto"
 
 
 def _dtype_word(library: Any) -> str:  # noqa: ANN401
