@@ -13,7 +13,9 @@ import torch
 def write_tiny_flux(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
     """Write a pipeline folder as ``FluxPipeline.save_pretrained`` does, the same bytes for the same seed."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(seed)
     transformer = FluxTransformer2DModel(
         patch_size=1,
@@ -50,6 +52,7 @@ def write_tiny_flux(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int
     )
     pipeline.to(dtype)
     pipeline.save_pretrained(folder)
+    logging.enable_progress_bar()
     return folder
 
 

@@ -26,7 +26,21 @@ from nbcache.errors import (
 
 _ID = re.compile(r"[\w][\w.-]{0,95}(/[\w][\w.-]{0,95})?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf", ".onnx_data", ".pb", ".tflite")
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".msgpack",
+    ".h5",
+    ".onnx",
+    ".gguf",
+    ".onnx_data",
+    ".pb",
+    ".tflite",
+    ".ot",
+)
 _SHARD = r"-\d{5}-of-\d{5}"
 _IGNORED = (".gitattributes", ".md", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".mp4", ".svg", ".pdf", ".xml", ".ipynb", ".py")
 

@@ -6,6 +6,7 @@ Errors of nbcache become a ``UsageError``: one line, no traceback, the same word
 from __future__ import annotations
 
 import contextlib
+import gc
 import keyword
 import os
 import sys
@@ -21,8 +22,9 @@ from IPython.core.magic_arguments import argument, magic_arguments, parse_argstr
 
 from nbcache.client import api
 from nbcache.client.options import SHARE_MODES
+from nbcache.client.weights import Weights
 from nbcache.config import NBCache
-from nbcache.errors import NBCacheError
+from nbcache.errors import EntryInUse, NBCacheError
 from nbcache.jupyter.display import StatusView, idle_slab_bytes, model_summary, summary
 from nbcache.models import api as models
 from nbcache.units import format_size
@@ -85,15 +87,16 @@ class NBCacheMagics(Magics):
             made = models.assemble_name(
                 name, args.device, args.dtype, args.share, components=args.component, raw=args.raw, config=args.config, **where
             )
-            print(model_summary(made, name))  # noqa: T201
-            weights = made.value
+            loaded = made.value
         else:
-            weights = api.load(name, args.device, args.dtype, args.share, **where)
-            if args.variable:
-                print(summary(weights, time.perf_counter() - start))  # noqa: T201
+            loaded = api.load(name, args.device, args.dtype, args.share, **where)
+        if not isinstance(loaded, Weights):
+            print(model_summary(made, name))  # noqa: T201
+        elif args.variable:
+            print(summary(loaded, time.perf_counter() - start))  # noqa: T201
         if not args.variable:
-            return weights
-        self._shell.user_ns[args.variable] = weights
+            return loaded
+        self._shell.user_ns[args.variable] = loaded
         return None
 
     @_one_line_errors
@@ -147,7 +150,7 @@ class NBCacheMagics(Magics):
         if not name:
             raise UsageError(f"%weights {args.action} NAME: which entry?")
         if args.action == "evict":
-            api.evict(name)
+            _evict(name)
         elif args.action == "pin":
             api.pin(name)
         else:
@@ -170,6 +173,15 @@ class NBCacheMagics(Magics):
     def _shell(self) -> InteractiveShell:
         assert self.shell is not None
         return self.shell
+
+
+def _evict(name: str) -> None:
+    """Evict; if it is in use, once more after a garbage collection: a model that was deleted hangs in its own cycles."""
+    try:
+        api.evict(name)
+    except EntryInUse:
+        gc.collect()
+        api.evict(name)
 
 
 def _export(change: Any) -> None:  # noqa: ANN401 - traitlets gives a bunch

@@ -16,10 +16,10 @@ EXTRAS = {
     "diffusers": "diffusers",
     "accelerate": "transformers",
     "transformers": "transformers",
-    "huggingface_hub": "transformers",
+    "huggingface_hub": "hub",
     "sentencepiece": "diffusers",
     "google.protobuf": "diffusers",
-    "tiktoken": "diffusers",
+    "PIL": "diffusers",
 }
 """Which extra of nbcache brings a package."""
 
