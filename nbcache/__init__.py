@@ -1,7 +1,8 @@
 """nbcache keeps model weights alive across kernel restarts.
 
 ``%load_ext nbcache`` in a notebook, then ``w = %load_weights model.safetensors``; or the same in Python: :func:`load`,
-:func:`put`, :func:`status`, :func:`evict`, :func:`pin`, :func:`unpin`. See :mod:`nbcache.errors` for what they raise.
+:func:`load_model`, :func:`put`, :func:`status`, :func:`evict`, :func:`pin`, :func:`unpin`. See :mod:`nbcache.errors` for what
+they raise.
 
 :func:`enable`, :func:`disable` and :func:`enabled` serve unchanged programs: ordinary ``from_pretrained`` and ``load_file``.
 
@@ -26,6 +27,7 @@ __all__ = [
     "evict_all",
     "free_gpu",
     "load",
+    "load_model",
     "pin",
     "put",
     "status",
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from nbcache.client.api import evict, evict_all, free_gpu, load, pin, put, status, unpin
     from nbcache.client.weights import Weights
     from nbcache.errors import NBCacheError
+    from nbcache.models.api import load_model
     from nbcache.models.hooks import disable, enable, enabled
 
 
@@ -51,8 +54,10 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401
         return importlib.import_module("nbcache.errors")
     if name == "NBCacheError":
         return importlib.import_module("nbcache.errors").NBCacheError
-    home = "nbcache.models.hooks" if name in ("enable", "disable", "enabled") else "nbcache.client.api"
-    return getattr(importlib.import_module(home), name)
+    if name in ("enable", "disable", "enabled"):
+        return getattr(importlib.import_module("nbcache.models.hooks"), name)
+    room = "nbcache.models.api" if name == "load_model" else "nbcache.client.api"
+    return getattr(importlib.import_module(room), name)
 
 
 def __dir__() -> list[str]:

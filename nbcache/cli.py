@@ -234,6 +234,25 @@ def bench_gpu(
     _print(result if as_json else render_gpu(result))
 
 
+@bench.command("models")
+def bench_models(
+    folder: Annotated[
+        str, typer.Argument(help="A pipeline's folder; without it, one of FLUX.1's shape is written to TMPDIR.")
+    ] = "",
+    small: Annotated[bool, typer.Option("--small", help="Write a toy one instead (13 MB).")] = False,
+    stock: Annotated[bool, typer.Option(help="The library's own load as well.")] = True,
+    runs: Annotated[int, typer.Option(min=1, help="Fresh processes.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """A whole pipeline onto the GPU, as after a restart: the time beyond imports, and where it goes."""
+    from nbcache.bench.models import measure_models, render_models
+    from nbcache.bench.pipeline import temporary_pipeline
+
+    with contextlib.nullcontext(folder) if folder else temporary_pipeline(small) as path:
+        result = measure_models(path, runs, stock, on_step=_print_step)
+    _print(result if as_json else render_models(result))
+
+
 def _print_step(text: str) -> None:
     print(text, file=sys.stderr, flush=True)  # noqa: T201
 

@@ -8,9 +8,14 @@
     │   ├── CheckpointUnreadable     it is there, but the system refuses to read it
     │   ├── CheckpointInvalid        its content breaks its format
     │   ├── CheckpointIncomplete     a shard is missing, or lacks what the index promises
-    │   └── CheckpointChanged        it changed while it was read
+    │   ├── CheckpointChanged        it changed while it was read
+    │   ├── ModelUnknown             its config names a class that the installed libraries lack
+    │   └── ModelMismatch            its tensors are not those of the class that its config names
     ├── UnsupportedFormat          a file or tensor of a kind nbcache does not serve
     ├── PackageMissing             an optional package that is needed is not installed
+    ├── HubError                   a model hub could not give what was named
+    │   ├── HubDenied                log in, or accept the licence
+    │   └── HubUnreachable           no connection, or none is wanted
     ├── EntryNotFound              no cached entry of that name
     ├── EntryInUse                 an entry that is leased or pinned was to be evicted
     ├── HostMemoryFull             the host tier has no room that policy may free
@@ -63,12 +68,32 @@ class CheckpointChanged(CheckpointError):
     """A file changed between the moment it was described and the end of its reading."""
 
 
-class UnsupportedFormat(NBCacheError):
-    """A file or a tensor of a kind that nbcache does not serve."""
+class ModelUnknown(CheckpointError):
+    """A config names a class that the installed libraries do not have."""
+
+
+class ModelMismatch(CheckpointError):
+    """The tensors of a checkpoint are not those of the model that its config describes."""
 
 
 class PackageMissing(NBCacheError):
     """An optional package is needed and not installed."""
+
+
+class HubError(NBCacheError):
+    """A model hub could not give what was named."""
+
+
+class HubDenied(HubError):
+    """The hub wants a login, or an accepted licence."""
+
+
+class HubUnreachable(HubError):
+    """The hub could not be reached, or is not to be asked (``HF_HUB_OFFLINE``)."""
+
+
+class UnsupportedFormat(NBCacheError):
+    """A file or a tensor of a kind that nbcache does not serve."""
 
 
 class EntryNotFound(NBCacheError):

@@ -17,6 +17,7 @@ from nbclient import NotebookClient
 REPOSITORY = Path(__file__).resolve().parents[1]
 NOTEBOOKS = REPOSITORY / "notebooks"
 QUICKSTART = NOTEBOOKS / "quickstart.ipynb"
+FLUX = NOTEBOOKS / "flux.ipynb"
 RESOURCES = {"metadata": {"path": str(NOTEBOOKS)}}
 
 
@@ -38,7 +39,8 @@ def code_cells(notebook: Path) -> list[Any]:
 
 
 @pytest.mark.parametrize("notebook", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
-def test_outputs_are_the_stored_ones(runtime_dir, notebook):
+def test_outputs_are_the_stored_ones(runtime_dir, tmp_path, monkeypatch, notebook):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # where a toy model is written
     run = nbval(notebook)
     assert run.returncode == 0, run.stdout + run.stderr
     assert f"{len(code_cells(notebook))} passed" in run.stdout
@@ -93,6 +95,21 @@ def test_a_restart_in_the_middle(runtime_dir, monkeypatch):
     assert shown["embedding-again"] == shown["embedding"]
     assert shown["kept"].endswith("True")  # bit for bit
     assert shown["evict"].endswith("0")
+
+
+@pytest.mark.timeout(300)  # two kernels import diffusers
+def test_a_pipeline_makes_the_same_image_after_a_restart(runtime_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    notebook = nbformat.read(FLUX, as_version=4)
+    before, after = asyncio.run(execute_with_restart(NotebookClient(notebook, timeout=120, resources=RESOURCES)))
+    assert before.pid != after.pid
+    cells = {cell.id: cell for cell in notebook.cells if cell.cell_type == "code"}
+    assert "read from disk" in text_of(cells["load"])
+    assert "; cached)" in text_of(cells["load-again"])
+    images = [cells[name].outputs[0].data["image/png"] for name in ("image", "image-again")]
+    assert images[0] == images[1]
+    assert text_of(cells["same"]) == "True"
 
 
 @pytest.mark.parametrize("notebook", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)

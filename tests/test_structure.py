@@ -82,10 +82,29 @@ INNER_RANKS: dict[str, dict[str, int]] = {
         "pickled": 3,
         "formats": 4,
         "catalog": 5,
+        "known": 0,
+        "aliases": 1,
+        "folders": 0,
+        "hub": 1,
+        "names": 2,
     },
     "memory": {"shared": 0, "driver": 0, "arena": 1, "features": 2},
     "doctor": {"findings": 0, "probes": 1, "machine": 1, "gpus": 2, "jupyter": 2, "companion": 2, "checkup": 3},
-    "models": {"gguf": 0, "points": 0, "served": 0, "service": 1, "hooks": 2},
+    "models": {
+        "gguf": 0,
+        "points": 0,
+        "served": 0,
+        "service": 1,
+        "hooks": 2,
+        "packages": 0,
+        "supply": 1,
+        "diffusers": 2,
+        "transformers": 2,
+        "pipelines": 3,
+        "single_file": 4,
+        "assembly": 5,
+        "api": 6,
+    },
 }
 """The same rule within a part: a module imports those of lower ranks alone."""
 
@@ -285,6 +304,7 @@ def test_a_planted_violation_is_seen(tmp_path, path, planted):
         ("client/tensors.py", "import torch"),
         ("client/loading.py", "import torch\nfrom nbcache.client.device import find_device"),
         ("models/service.py", "from torch import nn"),
+        ("models/diffusers.py", "from torch import nn"),
         ("client/weights.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\n    import nbcache.cli"),
         (
             "client/options.py",
@@ -340,7 +360,19 @@ def modules_after(statement: str) -> set[str]:
     return set(json.loads(done.stdout))
 
 
-SLOW = ("torch", "numpy", "safetensors", "cupy", "cupyx", "cuda", "pynvml", "transformers", "gguf")
+SLOW = (
+    "torch",
+    "numpy",
+    "safetensors",
+    "cupy",
+    "cupyx",
+    "cuda",
+    "pynvml",
+    "transformers",
+    "gguf",
+    "diffusers",
+    "huggingface_hub",
+)
 
 
 @pytest.mark.parametrize(
@@ -354,6 +386,7 @@ SLOW = ("torch", "numpy", "safetensors", "cupy", "cupyx", "cuda", "pynvml", "tra
         "nbcache.jupyter.magics",
         "nbcache.doctor.checkup",
         "nbcache.models.hooks",
+        "nbcache.models.api",
     ],
 )
 def test_starting_does_not_import_torch(module):
@@ -381,7 +414,7 @@ def test_the_probe_sees_torch_when_it_is_there():
 
 SURFACE = {
     "NBCacheError", "Weights", "__version__", "disable", "enable", "enabled", "errors", "evict", "evict_all", "free_gpu",
-    "load", "pin", "put", "status", "unpin",
+    "load", "load_model", "pin", "put", "status", "unpin",
 }  # fmt: skip
 
 
@@ -394,11 +427,13 @@ def test_the_public_surface_is_exactly_what_is_documented():
 def test_every_public_name_is_there_documented_and_one_object():
     from nbcache import errors
     from nbcache.client import api, weights
+    from nbcache.models import api as models
     from nbcache.models import hooks
 
     for name in SURFACE - {"__version__"}:
         assert getattr(nbcache, name).__doc__, name
     assert nbcache.load is api.load
+    assert nbcache.load_model is models.load_model
     assert nbcache.put is api.put
     assert nbcache.free_gpu is api.free_gpu
     assert nbcache.enable is hooks.enable
@@ -415,5 +450,5 @@ def test_a_name_that_is_not_public_is_an_attribute_error():
 
 def test_the_package_names_itself_in_its_docstring_functions():
     """The module's docstring presents the functions that a user calls."""
-    for name in ("load", "put", "status", "evict", "pin", "unpin", "enable", "disable", "enabled"):
+    for name in ("load", "load_model", "put", "status", "evict", "pin", "unpin", "enable", "disable", "enabled"):
         assert f":func:`{name}`" in nbcache.__doc__

@@ -132,7 +132,7 @@ def write_flux(folder: str, divide_by: int = 1) -> None:
     weight_map: dict[str, str] = {}
     for number, names in enumerate(parts, 1):
         file = f"{STEM}-{number:05d}-of-{len(parts):05d}.safetensors"
-        _write(Path(folder, file), {name: shapes[name] for name in names})
+        write_random(Path(folder, file), {name: shapes[name] for name in names})
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": nbytes_of_shapes(shapes)}, "weight_map": weight_map}
     Path(folder, f"{STEM}.safetensors.index.json").write_bytes(msgspec.json.encode(index))
@@ -151,10 +151,10 @@ def temporary_flux(divide_by: int = 1) -> Iterator[str]:
 
 def write_lora_sized(path: str, nbytes: int) -> None:
     """Write a LoRA file of about ``nbytes``. See :func:`lora_shapes` and :func:`write_flux`."""
-    _write(Path(path), lora_shapes(nbytes))
+    write_random(Path(path), lora_shapes(nbytes))
 
 
-def _write(path: Path, shapes: Shapes) -> None:
+def write_random(path: Path, shapes: Shapes, spread: float = 1.0) -> None:
     """A safetensors file of random bfloat16 numbers, on the disk when this returns, so that its pages can be dropped."""
     import torch
 
@@ -166,7 +166,7 @@ def _write(path: Path, shapes: Shapes) -> None:
         file.write(_header(shapes))
         for shape in shapes.values():
             count = math.prod(shape)
-            numbers[:count].copy_(torch.randn(count, dtype=torch.bfloat16, device=device))
+            numbers[:count].copy_(torch.randn(count, dtype=torch.bfloat16, device=device).mul_(spread))
             file.write(view[: ELEMENT_BYTES * count])
         file.flush()
         os.fsync(file.fileno())

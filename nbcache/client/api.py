@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from nbcache.client.fill import Grant, Wish, acquire, put_bytes, spellings
+from nbcache.checkpoints import names as catalogue
+from nbcache.client.fill import Grant, Wish, acquire, meaning_of, put_bytes, spellings
 from nbcache.client.options import Options, Share
 from nbcache.client.session import ProgressCallback, Session, expect
 from nbcache.client.weights import Weights
-from nbcache.errors import EntryNotFound, UnsupportedFormat
+from nbcache.errors import EntryInUse, EntryNotFound, UnsupportedFormat
 from nbcache.manifest import MAX_MANIFEST_BYTES
 from nbcache.memory import driver
 from nbcache.memory.shared import read_sealed
@@ -41,30 +42,39 @@ def load(
     dtype: str | torch.dtype | None = None,
     share: Share = "cow",
     on_progress: ProgressCallback | None = None,
+    *,
+    revision: str = "",
+    variant: str = "",
+    subfolder: str = "",
 ) -> Weights:
     """The tensors of a checkpoint or a saved entry, from the cache; read into it first if need be.
 
     Parameters
     ----------
-    name : the name of a saved entry, or the path of a checkpoint: a ``.safetensors`` file; one of ``torch.save`` (``.pt``,
-        ``.pth``, ``.bin``, ``.ckpt``: as ``torch.load`` gives it, nested names joined by dots, what is no tensor in
+    name : the name of a saved entry; an alias; the path of a checkpoint: a ``.safetensors`` file; one of ``torch.save``
+        (``.pt``, ``.pth``, ``.bin``, ``.ckpt``: as ``torch.load`` gives it, nested names joined by dots, what is no tensor in
         ``metadata``); ``.gguf`` (quantized tensors as bytes, see :attr:`Weights.quant_types`); ``.npy``, ``.npz``; the index of
-        a sharded one (``*.safetensors.index.json``, ``*.bin.index.json``); or a folder that holds one of them
+        a sharded one (``*.safetensors.index.json``, ``*.bin.index.json``); or a folder that holds one of them; or a repository
+        of the hub, which is downloaded if it is not in the hub's cache
     device : where to; None means cuda where there is one, else cpu
     dtype : what floating-point tensors are cast to (a private copy of each that differs); None leaves the file's own
     share : ``cow``: shared with the cache, a write is seen by this process alone; ``readonly``: the same on a CPU; ``private``:
         an ordinary copy
     on_progress : called with staged and total bytes while files are read
+    revision, variant, subfolder : of a repository, which branch, tag or commit; of it or a folder, which variant of the
+        weights (such as ``fp16``), which folder in it
 
     Raises
     ------
-    CheckpointError and its kinds, UnsupportedFormat, HostMemoryFull, InvalidName, InvalidOption, DaemonError: see
-    :mod:`nbcache.errors`. Nothing stays behind after any of them.
+    CheckpointError, HubError and their kinds, UnsupportedFormat, PackageMissing, HostMemoryFull, InvalidName, InvalidOption,
+    DaemonError: see :mod:`nbcache.errors`. Nothing stays behind after any of them.
     """
     from nbcache.client.loading import load_name
 
     options = Options(device, dtype, share)
     options.check()
+    if revision or variant or subfolder:
+        name = catalogue.find_weights(meaning_of(name)[0], revision, subfolder, variant)
     return Weights(load_name(name, options, on_progress), options)
 
 
@@ -108,7 +118,7 @@ def query(session: Session) -> m.Status:
 
 def evict(name: str | os.PathLike[str]) -> m.Evicted:
     """Drop an entry that nobody uses. EntryNotFound; EntryInUse, with who uses it; DaemonUnavailable."""
-    return _evict(m.Evict(spellings(name)))
+    return _each(name, lambda names: _evict(m.Evict(names)))
 
 
 def evict_all() -> m.Evicted:
@@ -123,8 +133,12 @@ def _evict(message: m.Evict) -> m.Evicted:
 
 def free_gpu(name: str | os.PathLike[str] = "") -> m.Evicted:
     """Drop the slabs that nobody uses, all or one entry's; host copies stay. EntryNotFound, DaemonUnavailable."""
+    return _each(name, _free_gpu) if name else _free_gpu(())
+
+
+def _free_gpu(names: tuple[str, ...]) -> m.Evicted:
     with Session.open(start=False) as session:
-        return expect(session.request(m.FreeGpu(spellings(name) if name else ())), m.Evicted)[0]
+        return expect(session.request(m.FreeGpu(names)), m.Evicted)[0]
 
 
 def pin(name: str | os.PathLike[str]) -> None:
@@ -138,8 +152,34 @@ def unpin(name: str | os.PathLike[str]) -> None:
 
 
 def _pin(name: str | os.PathLike[str], pinned: bool) -> None:
-    with Session.open(start=False) as session:
-        expect(session.request(m.Pin(spellings(name), pinned)), m.Done)
+    def one(names: tuple[str, ...]) -> m.Evicted:
+        with Session.open(start=False) as session:
+            expect(session.request(m.Pin(names, pinned)), m.Done)
+        return m.Evicted((), 0)
+
+    _each(name, one)
+
+
+def _each(name: str | os.PathLike[str], act: Callable[[tuple[str, ...]], m.Evicted]) -> m.Evicted:
+    """Do it to each entry that a name means: those of a pipeline's components, else one. EntryNotFound if there is none."""
+    spoken = spellings(name)
+    first, *others = catalogue.members_of(spoken[-1])
+    done: list[m.Evicted] = []
+    refused: EntryNotFound | EntryInUse | None = None
+    for names in ((*spoken[:-1], *first), *others):
+        try:
+            done.append(act(names))
+        except EntryNotFound as error:
+            refused = refused or error
+        except EntryInUse as error:
+            refused = error
+    if refused and (not done or isinstance(refused, EntryInUse)):
+        raise refused
+    return m.Evicted(
+        tuple(name for each in done for name in each.names),
+        sum(each.freed_bytes for each in done),
+        tuple(name for each in done for name in each.kept),
+    )
 
 
 def stage(name: str, pinned: bool = False, on_progress: ProgressCallback | None = None) -> tuple[m.EntryStatus, bool]:

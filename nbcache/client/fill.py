@@ -11,10 +11,20 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from nbcache.checkpoints import names as catalogue
 from nbcache.checkpoints.catalog import Checkpoint, describe, is_unchanged, resolve
+from nbcache.checkpoints.folders import FolderKind, kind_of
 from nbcache.client.notices import SourceGone, notify
 from nbcache.client.session import ProgressCallback, Session, expect
-from nbcache.errors import CheckpointNotFound, DaemonLost, EntryNotFound, InvalidName, ProtocolError
+from nbcache.errors import (
+    CheckpointNotFound,
+    DaemonLost,
+    DaemonUnavailable,
+    EntryNotFound,
+    InvalidName,
+    ProtocolError,
+    UnsupportedFormat,
+)
 from nbcache.manifest import MAX_MANIFEST_BYTES, Manifest, decode_manifest, encode_manifest
 from nbcache.memory.shared import SharedBlock, read_sealed, seal_bytes
 from nbcache.protocol import messages as m
@@ -83,17 +93,17 @@ def acquire(
 ) -> Grant | Offer:
     """A lease on the entry of this name, staged first if it is not cached or if its files changed.
 
-    ``name`` is the name of a put entry or a path. An Offer is given only for a wished slab. Raises what :func:`nbcache.load`
-    documents.
+    ``name`` is the name of a put entry, an alias, a path or a hub id. An Offer is given only for a wished slab. Raises what
+    :func:`nbcache.load` documents.
     """
-    names = spellings(name)
-    path = names[-1]
-    found = _ask(wish.find(names), start, on_progress)
+    text, meaning = meaning_of(name)
+    found = _ask(wish.find(_spoken(name, meaning)), start, on_progress)
     if found is not None:
-        if _is_fresh(found, path):
+        if _is_fresh(found, meaning.path):
             return found
         found.close()
-    return _acquire_files(str(name), path, wish, start, on_progress)
+    path = catalogue.find(text) if meaning.repo_id else meaning.path
+    return _acquire_files(text, path, wish, start, on_progress)
 
 
 def reacquire(key: str, wish: Wish, on_progress: ProgressCallback | None = None) -> Grant | Offer:
@@ -105,11 +115,37 @@ def reacquire(key: str, wish: Wish, on_progress: ProgressCallback | None = None)
 
 
 def spellings(name: str | os.PathLike[str]) -> tuple[str, ...]:
-    """What ``name`` may mean to the daemon, in order: itself, unless it is a path; the path. InvalidName if neither can be."""
+    """What ``name`` may mean to the daemon, in order: itself, unless it is a path or an alias of the user's; the path.
+
+    InvalidName if neither can be.
+    """
+    return _spoken(name, meaning_of(name)[1])
+
+
+def meaning_of(name: str | os.PathLike[str]) -> tuple[str, catalogue.Meaning]:
+    """A name as text, and what it means. InvalidName for what cannot be a name."""
     text = os.fspath(name) if isinstance(name, os.PathLike) else name
     _check_speakable(text)
-    path = os.path.abspath(os.path.expanduser(text))
-    return (path,) if "/" in text or text is not name else (text, path)
+    if text is not name or text.startswith(("/", ".", "~")):
+        return text, catalogue.Meaning(os.path.abspath(os.path.expanduser(text)))
+    return text, catalogue.look_up(text)
+
+
+def is_saved(name: str) -> bool:
+    """Whether the daemon, if one runs, keeps an entry of exactly this name."""
+    try:
+        found = _ask(m.Find((name,)), False, None)
+    except DaemonUnavailable:
+        return False
+    if found is not None:
+        found.close()
+    return found is not None
+
+
+def _spoken(name: str | os.PathLike[str], meaning: catalogue.Meaning) -> tuple[str, ...]:
+    if not isinstance(name, str) or "/" in name or meaning.aliased:
+        return (meaning.path,)
+    return (name, meaning.path)
 
 
 def _check_speakable(name: object) -> None:
@@ -178,6 +214,10 @@ def _acquire_files(name: str, path: str, wish: Wish, start: bool, on_progress: P
     try:
         checkpoint = resolve(path)
     except CheckpointNotFound as error:
+        if kind_of(path) is FolderKind.PIPELINE:
+            raise UnsupportedFormat(
+                f"{path}: a pipeline, of several checkpoints; nbcache.load_model loads it, subfolder='transformer' one of them"
+            ) from error
         if "/" in name or os.path.exists(path):
             raise
         raise CheckpointNotFound(f"{name}: nothing is cached under that name, and there is no such file or folder") from error

@@ -6,6 +6,7 @@ Errors of nbcache become a ``UsageError``: one line, no traceback, the same word
 from __future__ import annotations
 
 import contextlib
+import gc
 import keyword
 import os
 import sys
@@ -23,8 +24,9 @@ from nbcache.client import api
 from nbcache.client.options import SHARE_MODES
 from nbcache.client.weights import Weights
 from nbcache.config import NBCache
-from nbcache.errors import NBCacheError
-from nbcache.jupyter.display import StatusView, idle_slab_bytes, summary
+from nbcache.errors import EntryInUse, NBCacheError
+from nbcache.jupyter.display import StatusView, idle_slab_bytes, model_summary, summary
+from nbcache.models import api as models
 from nbcache.models import hooks
 from nbcache.units import format_size
 
@@ -59,30 +61,50 @@ class NBCacheMagics(Magics):
     @argument(
         "name",
         metavar="NAME",
-        help="A saved name, or the path of a checkpoint (.safetensors, .pt, .bin, .gguf, .npz, ...) or a folder.",
+        help="A saved name, an alias, a checkpoint (.safetensors, .pt, .bin, .gguf, .npz, ...), a folder, or a hub id.",
     )
     @argument("--as", dest="variable", metavar="VAR", help="Bind this variable and print a summary, instead of returning.")
     @argument("--device", help="cpu, cuda, cuda:1, ... Default: cuda where there is one, else cpu.")
     @argument("--dtype", help="Cast floating-point tensors, such as bfloat16. Default: as in the file.")
     @argument("--share", choices=SHARE_MODES, default="cow", help="How to share with the cache. Default: cow.")
+    @argument("--component", default="", metavar="A,B", help="Of a pipeline, these components alone.")
+    @argument("--raw", action="store_true", help="Give weights, where a folder would give a model or a pipeline.")
+    @argument("--revision", default="", help="Of a hub id: the branch, tag or commit.")
+    @argument("--variant", default="", help="The variant of the files, such as fp16.")
+    @argument(
+        "--config", default="", help="Of a single-file checkpoint: the folder or hub id of a pipeline that is built alike."
+    )
+    @argument("--subfolder", default="", help="The folder in NAME to load.")
     @line_magic
-    def load_weights(self, line: str) -> Weights | None:
-        """Load weights from the cache, reading them into it first if need be.
+    def load_weights(self, line: str) -> Any:  # noqa: ANN401 - weights, a model, a pipeline
+        """Load weights from the cache, reading them into it first if need be; a folder of a model gives the model.
 
         Examples::
 
             w = %load_weights model.safetensors
-            %load_weights ~/models/minilm --as w
+            %load_weights ~/models/minilm --raw --as w
+            pipe = %load_weights flux-dev
         """
         args = parse_argstring(self.load_weights, line)
         if args.variable and (not args.variable.isidentifier() or keyword.iskeyword(args.variable)):
             raise UsageError(f"--as {args.variable}: not the name of a variable")
         start = time.perf_counter()
-        weights = api.load(_unquoted(args.name), args.device, args.dtype, args.share)
+        name = _unquoted(args.name)
+        where = {"revision": args.revision, "variant": args.variant, "subfolder": args.subfolder}
+        if args.component or args.config or models.is_model(name):
+            made = models.assemble_name(
+                name, args.device, args.dtype, args.share, components=args.component, raw=args.raw, config=args.config, **where
+            )
+            loaded = made.value
+        else:
+            loaded = api.load(name, args.device, args.dtype, args.share, **where)
+        if not isinstance(loaded, Weights):
+            print(model_summary(made, name))  # noqa: T201
+        elif args.variable:
+            print(summary(loaded, time.perf_counter() - start))  # noqa: T201
         if not args.variable:
-            return weights
-        print(summary(weights, time.perf_counter() - start))  # noqa: T201
-        self._shell.user_ns[args.variable] = weights
+            return loaded
+        self._shell.user_ns[args.variable] = loaded
         return None
 
     @_one_line_errors
@@ -136,7 +158,7 @@ class NBCacheMagics(Magics):
         if not name:
             raise UsageError(f"%weights {args.action} NAME: which entry?")
         if args.action == "evict":
-            api.evict(name)
+            _evict(name)
         elif args.action == "pin":
             api.pin(name)
         else:
@@ -176,6 +198,15 @@ class NBCacheMagics(Magics):
     def _shell(self) -> InteractiveShell:
         assert self.shell is not None
         return self.shell
+
+
+def _evict(name: str) -> None:
+    """Evict; if it is in use, once more after a garbage collection: a model that was deleted hangs in its own cycles."""
+    try:
+        api.evict(name)
+    except EntryInUse:
+        gc.collect()
+        api.evict(name)
 
 
 def _export(change: Any) -> None:  # noqa: ANN401 - traitlets gives a bunch

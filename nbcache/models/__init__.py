@@ -1,1 +1,1 @@
-"""What the libraries of models make of weights: unchanged programs served, whole models. Those libraries are at home here."""
+"""What the libraries of models make of weights: whole models, unchanged programs served. Those libraries are at home here."""

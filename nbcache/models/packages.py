@@ -1,0 +1,87 @@
+"""Optional packages: imported when they are needed, named with the command that installs them when they are not there."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import threading
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+from nbcache.errors import ModelMismatch, ModelUnknown, PackageMissing
+
+EXTRAS = {
+    "diffusers": "diffusers",
+    "accelerate": "transformers",
+    "transformers": "transformers",
+    "huggingface_hub": "hub",
+    "sentencepiece": "diffusers",
+    "google.protobuf": "diffusers",
+    "PIL": "diffusers",
+}
+"""Which extra of nbcache brings a package."""
+
+building = threading.RLock()
+"""Held while a model is built: libraries set torch's default dtype and patch its modules for the time of it."""
+
+
+def require(package: str, for_what: str) -> ModuleType:
+    """Import an optional package. PackageMissing if it, or one that it needs, is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise missing(error.name or package, for_what) from error
+
+
+def missing(package: str, for_what: str) -> PackageMissing:
+    """The error for a package that is not installed."""
+    extra = EXTRAS.get(package, "")
+    command = f"pip install 'nbcache[{extra}]'" if extra else f"pip install {package.partition('.')[0]}"
+    return PackageMissing(f"{for_what} needs the package {package}, which is not installed: {command}")
+
+
+def class_of(module: ModuleType, name: str, where: str) -> type[Any]:
+    """A class of a library, by name. ModelUnknown if it has none of that name; PackageMissing if it lacks a package for it."""
+    try:
+        found = getattr(module, name, None)
+    except (ImportError, RuntimeError) as error:  # their lazy modules wrap one in the other
+        cause = error if isinstance(error, ImportError) else error.__cause__
+        if isinstance(cause, ImportError) and cause.name and not cause.name.startswith(module.__name__):
+            raise missing(cause.name, f"{where}: {name}") from error
+        raise ModelUnknown(f"{where}: {module.__name__} could not import {name}: {error}") from error
+    if not isinstance(found, type):
+        version = getattr(module, "__version__", "")
+        raise ModelUnknown(
+            f"{where}: {module.__name__} {version} has no class {name!r}; a newer one may: pip install -U {module.__name__}"
+        )
+    if backends := getattr(found, "_backends", None):  # a stand-in that raises when it is used
+        absent = [backend for backend in backends if importlib.util.find_spec(backend) is None]
+        if absent:
+            raise missing(absent[0], f"{where}: {name}")
+    return found
+
+
+def mismatch(what: str, class_name: str, absent: list[str], surplus: list[str]) -> ModelMismatch:
+    """The error for keys that a class needs and a checkpoint lacks, or the other way round."""
+    parts = [
+        f"{len(keys)} {how} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for how, keys in (("missing", absent), ("unexpected", surplus))
+        if keys
+    ]
+    return ModelMismatch(f"{what}: the tensors are not those of {class_name}: {', '.join(parts)}")
+
+
+@contextlib.contextmanager
+def quiet(*libraries: ModuleType) -> Iterator[None]:
+    """Without the libraries' progress bars, which would show milliseconds."""
+    bars = [library.utils.logging for library in libraries]
+    shown = [bar for bar in bars if bar.is_progress_bar_enabled()]
+    for bar in shown:
+        bar.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for bar in shown:
+            bar.enable_progress_bar()
