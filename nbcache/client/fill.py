@@ -224,8 +224,9 @@ def _acquire_files(name: str, path: str, wish: Wish, start: bool, on_progress: P
     session = Session.open(start)
     try:
         answer = session.request(wish.find((path,), checkpoint.key), on_progress=on_progress)
-        if isinstance(answer[0], m.Absent):
-            answer = _stage(session, checkpoint, on_progress)
+        for _ in range(2):  # the first may have joined a copy for a GPU that came to nothing
+            if isinstance(answer[0], m.Absent):
+                answer = _stage(session, checkpoint, on_progress)
         found = read_answer(session, answer)
         if found is None:
             raise ProtocolError("the daemon staged an entry and then had none")

@@ -27,7 +27,7 @@ from nbcache.daemon.report import describe_status
 from nbcache.daemon.slabs import Slabs
 from nbcache.daemon.store import Store
 from nbcache.daemon.tiers import Tiers
-from nbcache.errors import NBCacheError, ProtocolError
+from nbcache.errors import DriverError, NBCacheError, ProtocolError
 from nbcache.manifest import Manifest, key_of
 from nbcache.memory.driver import Driver
 from nbcache.memory.shared import seal_bytes
@@ -203,6 +203,9 @@ class Service:
         for connection in offered if place == PINNED else []:
             connection.refusal = error
         for connection in waiting:
+            if connection.place == SHARED != place and isinstance(error, DriverError):
+                self._leases.again(connection, entry)  # it waited only because this one was on its way; its own needs no driver
+                continue
             connection.phase = Phase.IDLE
             self._port.fail(connection, error)
         for connection in fillers:

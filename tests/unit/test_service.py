@@ -14,7 +14,7 @@ from nbcache.daemon.connection import Connection, Phase
 from nbcache.daemon.entries import PINNED, SHARED, Entry, Kind, Place, State
 from nbcache.daemon.policy import GpuPolicy
 from nbcache.daemon.service import Service
-from nbcache.errors import CheckpointChanged, HostMemoryFull, NBCacheError
+from nbcache.errors import CheckpointChanged, DriverError, HostMemoryFull, NBCacheError
 from nbcache.memory.shared import map_private, seal_bytes
 from nbcache.protocol import messages as m
 from tests.support.emulated import EmulatedDriver
@@ -164,4 +164,19 @@ def test_who_was_offered_a_slab_hears_why_the_copy_behind_it_came_to_nothing(mak
     bench.service.staging_failed(entry, PINNED, CheckpointChanged("/model changed while it was read"))
     with pytest.raises(CheckpointChanged, match="/model changed while it was read"):
         bench.service._slabs.fill(connection, m.Fill(EXTENT), [])
+    assert connection.phase is Phase.IDLE
+
+
+def test_who_wants_shared_memory_is_not_told_that_there_is_no_pinned_memory(make):
+    """It waited for the pinned copy only because that was on its way."""
+    bench = make()
+    entry = bench.entry("k")
+    assert bench.store.fill(entry, PINNED, EXTENT) == []
+    connection = Connection(1, os.getpid(), 0.0, Phase.IDLE)
+    bench.port.connections = {1: connection}
+    bench.service._leases.attend(connection, entry)
+    assert connection.phase is Phase.WAITING
+    bench.store.fail(entry.key, PINNED)
+    bench.service.staging_failed(entry, PINNED, DriverError("export refused"))
+    assert bench.port.answers == [m.Absent()]
     assert connection.phase is Phase.IDLE
