@@ -30,6 +30,7 @@ RANKS: dict[str, int] = {
     "jupyter": 9,
     "cli": 10,
     "bench": 10,
+    "doctor": 10,
     "demo": 10,
     "demo_kernel": 10,
     "__main__": 11,
@@ -69,11 +70,12 @@ INNER_RANKS: dict[str, dict[str, int]] = {
         "weights": 7,
         "api": 8,
     },
-    "memory": {"shared": 0, "driver": 0, "arena": 1},
+    "memory": {"shared": 0, "driver": 0, "arena": 1, "features": 2},
+    "doctor": {"findings": 0, "probes": 1, "machine": 1, "gpus": 2, "jupyter": 2, "companion": 2, "checkup": 3},
 }
 """The same rule within a part: a module imports those of lower ranks alone."""
 
-SAME_RANK = {("cli", "bench"), ("cli", "demo"), ("demo", "demo_kernel")}
+SAME_RANK = {("cli", "bench"), ("cli", "demo"), ("cli", "doctor"), ("demo", "demo_kernel")}
 """The top is one layer: the command line runs the demo and the benchmarks."""
 
 FORBIDDEN = {("daemon", "checkpoints")}
@@ -86,9 +88,10 @@ EDGES: dict[str, tuple[str, ...]] = {
     "torch": (
         *(f"client/{name}.py" for name in ("tensors", "slabs", "cow", "views", "device", "loading")),
         "models/",
+        "doctor/probes.py",
         *OUTSIDE,
     ),
-    "cuda": ("memory/driver.py",),
+    "cuda": ("memory/driver.py", "memory/features.py"),
     "pynvml": ("memory/driver.py", "bench/"),
     "cupy": ("memory/arena.py", "client/slabs.py"),
     "cupyx": ("memory/arena.py",),
@@ -309,6 +312,7 @@ def test_every_source_file_was_looked_at():
         "jupyter",
         "bench",
         "demo",
+        "doctor",
         "cli",
     }
     for part, ranks in INNER_RANKS.items():
@@ -327,7 +331,15 @@ SLOW = ("torch", "numpy", "safetensors", "cupy", "cupyx", "cuda", "pynvml", "tra
 
 @pytest.mark.parametrize(
     "module",
-    ["nbcache", "nbcache.cli", "nbcache.bench", "nbcache.daemon.lifecycle", "nbcache.client.api", "nbcache.jupyter.magics"],
+    [
+        "nbcache",
+        "nbcache.cli",
+        "nbcache.bench",
+        "nbcache.daemon.lifecycle",
+        "nbcache.client.api",
+        "nbcache.jupyter.magics",
+        "nbcache.doctor.checkup",
+    ],
 )
 def test_starting_does_not_import_torch(module):
     loaded = modules_after(f"import {module}")

@@ -92,11 +92,16 @@ _status_decoder = msgspec.json.Decoder(m.Status)
 def status() -> m.Status:
     """What is cached where and used by whom. DaemonUnavailable if no daemon runs."""
     with Session.open(start=False) as session:
-        _, descriptors = expect(session.request(m.Query()), m.Document)
-        try:
-            return _status_decoder.decode(read_sealed(descriptors[0], MAX_MANIFEST_BYTES))
-        finally:
-            close_all(descriptors)
+        return query(session)
+
+
+def query(session: Session) -> m.Status:
+    """What :func:`status` gives, over a session that is there."""
+    _, descriptors = expect(session.request(m.Query()), m.Document)
+    try:
+        return _status_decoder.decode(read_sealed(descriptors[0], MAX_MANIFEST_BYTES))
+    finally:
+        close_all(descriptors)
 
 
 def evict(name: str | os.PathLike[str]) -> m.Evicted:

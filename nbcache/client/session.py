@@ -22,7 +22,8 @@ from select import select
 from typing import TypeVar
 
 from nbcache import __version__
-from nbcache.config import NBCache, RuntimePaths, SocketAddress, reply_timeout_s
+from nbcache.config import NBCache, RuntimePaths, SocketAddress
+from nbcache.config import reply_timeout_s as default_reply_timeout_s
 from nbcache.errors import (
     DaemonLost,
     DaemonUnavailable,
@@ -64,14 +65,14 @@ class Session:
         _open_sessions.add(self)
 
     @classmethod
-    def open(cls, start: bool = True) -> Session:
-        """Connect to this user's daemon, starting it if ``start`` and there is none.
+    def open(cls, start: bool = True, reply_timeout_s: float | None = None) -> Session:
+        """Connect to this user's daemon, starting it if ``start`` and there is none; ``reply_timeout_s`` is the setting's.
 
         DaemonUnavailable if there is none, or it cannot be started; UnsupportedPlatform outside Linux.
         """
         if not sys.platform.startswith("linux"):
             raise UnsupportedPlatform(f"nbcache needs Linux (memfd, pidfd, descriptor passing), this is {sys.platform}")
-        paths, timeout_s = RuntimePaths.of_user(), reply_timeout_s()
+        paths, timeout_s = RuntimePaths.of_user(), reply_timeout_s or default_reply_timeout_s()
         sock = _connect(paths) or (_start(paths, NBCache()) if start else None)
         if sock is None:
             raise DaemonUnavailable(f"no daemon runs ({paths.socket}); the first load starts one")

@@ -80,6 +80,9 @@ class Driver(Protocol):
     def copy(self, target: int, source: int, size_bytes: int, stream: int) -> None:
         """Queue a copy between mapped addresses on a stream of the current context."""
 
+    def check_import(self, fd: int) -> None:
+        """Take a slab or block in by its descriptor, as another process would, and let it go again. Needs no context."""
+
 
 def open_driver() -> Driver:
     """The GPU driver of this machine; DriverError if there is none.
@@ -268,6 +271,10 @@ class CudaDriver:
     def copy(self, target: int, source: int, size_bytes: int, stream: int) -> None:
         """See :class:`Driver`."""
         self._call("cuMemcpyAsync", target, source, size_bytes, stream)
+
+    def check_import(self, fd: int) -> None:
+        """See :class:`Driver`."""
+        self._call("cuMemRelease", self._call("cuMemImportFromShareableHandle", fd, self._fd_handle))
 
 
 class _CudaMap:

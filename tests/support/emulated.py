@@ -161,6 +161,9 @@ class EmulatedDriver:
             raise DriverError("emulated: import refused")
         return EmulatedMap(fd, size_bytes, access)
 
+    def check_import(self, fd: int) -> None:
+        self._map(fd, os.fstat(fd).st_size, Access.READ).close()
+
     def copy(self, target: int, source: int, size_bytes: int, stream: int) -> None:
         self._copies += 1
         if f"copy:{self._copies}" in self.failures:

@@ -1,0 +1,265 @@
+"""``nbcache doctor`` where things are broken on purpose: it says what, and the remedy that it prints then works."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nbcache
+from tests.support.checkpoints import raw_checkpoint, write_checkpoint
+from tests.support.waiting import eventually
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def shell(line: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a line in a shell whose ``nbcache`` is this one."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, timeout=90, env={**os.environ, "PATH": path}, check=False
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def diagnose(prefix: str = "") -> tuple[int, dict[str, dict[str, str]]]:
+    """The exit status and the findings by subject."""
+    done = shell(f"{prefix} nbcache doctor --json", check=False)
+    assert done.stderr == ""
+    report = json.loads(done.stdout)
+    assert report["version"] == nbcache.__version__
+    assert report["healthy"] is (done.returncode == 0)
+    findings = {finding["subject"]: finding for finding in report["findings"]}
+    assert len(findings) == len(report["findings"])
+    for finding in findings.values():
+        assert finding["state"] in ("ok", "warning", "broken")
+        assert bool(finding["remedy"]) is (finding["state"] != "ok")
+    return done.returncode, findings
+
+
+def remedy(finding: dict[str, str]) -> str:
+    """The commands that a remedy quotes, to be run one after the other."""
+    commands = re.findall(r"`([^`]+)`", finding["remedy"])
+    assert commands, finding
+    return "; ".join(commands)
+
+
+@pytest.fixture
+def checkpoint(runtime_dir: Path, tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "model.safetensors")
+
+
+@pytest.fixture
+def large(runtime_dir: Path, tmp_path: Path) -> Path:
+    """A checkpoint of 4 MB, sparse on disk."""
+    size = 4 << 20
+    path = raw_checkpoint(tmp_path / "large.safetensors", {"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}})
+    os.truncate(path, path.stat().st_size + size)
+    return path
+
+
+def test_a_machine_without_faults(runtime_dir):
+    code, findings = diagnose()
+    assert code == 0
+    assert {"interpreter", "torch", "memory", "control group", "host tier", "locked memory limit", "daemon"} <= set(findings)
+    assert sys.executable in findings["interpreter"]["message"]
+    assert findings["daemon"]["message"] == "none runs; the first load starts one"
+    assert not runtime_dir.exists()  # it started nothing, and made nothing
+
+
+def test_in_words(runtime_dir):
+    lines = shell("nbcache doctor").stdout.splitlines()
+    assert lines[0].startswith("ok       interpreter")
+    assert lines[-1].startswith(f"nbcache {nbcache.__version__}: ")
+
+
+def test_tiny_limits(large):
+    tiny = "ulimit -Sf 1024;"
+    assert "File too large" in shell(f"{tiny} nbcache load {large}", check=False).stderr
+    nbcache_pid = nbcache.status().pid  # it inherited the limit, and is told of too
+    code, findings = diagnose(tiny)
+    assert code == 1
+    found = findings["file size limit"]
+    assert found["state"] == "broken" and "1.0 MB a file or a memfd may have" in found["message"]
+    assert findings["daemon's file size limit"]["state"] == "broken"
+    answer = shell(f"{tiny} {remedy(found)}; nbcache load {large} --json")
+    assert json.loads(answer.stdout[answer.stdout.index("{") :])["bytes"] == 4 << 20
+    assert nbcache.status().pid != nbcache_pid
+    code, findings = diagnose()
+    assert code == 0 and findings["file size limit"]["state"] == "ok"
+
+
+def test_too_little_to_map(runtime_dir):
+    _, findings = diagnose("ulimit -Sv 9000000; NBCACHE_HOST_LIMIT=10G")
+    assert findings["address space limit"]["state"] == "warning"
+    assert "9.2 GB may be mapped, entries may take 10.0 GB" in findings["address space limit"]["message"]
+    _, findings = diagnose(
+        f"ulimit -Sv 9000000; {findings['address space limit']['remedy'].split('`')[1]}; NBCACHE_HOST_LIMIT=10G"
+    )
+    assert findings["address space limit"]["state"] == "ok"
+
+
+def test_few_descriptors(runtime_dir):
+    _, findings = diagnose("ulimit -n 512;")
+    assert findings["open files limit"]["state"] == "warning"
+    assert "4096" in findings["open files limit"]["remedy"]
+
+
+def test_a_host_tier_larger_than_the_machine(runtime_dir):
+    _, findings = diagnose("NBCACHE_HOST_LIMIT=900T")
+    assert findings["host tier"]["state"] == "warning"
+    setting = findings["host tier"]["remedy"].split(",")[0]
+    assert diagnose(setting)[1]["host tier"]["state"] == "ok"
+
+
+def test_nonsense_in_the_settings(runtime_dir):
+    code, findings = diagnose("NBCACHE_HOST_LIMIT=lots")
+    assert code == 1
+    assert "'lots' is not a size" in findings["host tier"]["message"]
+
+
+def test_a_stale_socket(checkpoint, runtime_dir):
+    nbcache.load(str(checkpoint), device="cpu").release()
+    pid = nbcache.status().pid
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not Path(f"/proc/{pid}").exists())
+    code, findings = diagnose()
+    assert code == 0
+    assert findings["socket"]["state"] == "warning"
+    assert "is stale" in findings["socket"]["message"]
+    shell(findings["socket"]["remedy"].split(",")[0])
+    assert diagnose()[1]["daemon"]["message"] == "none runs; the first load starts one"
+    shell(f"nbcache load {checkpoint}")
+    assert f"process {nbcache.status().pid}," in diagnose()[1]["daemon"]["message"]
+
+
+def test_a_daemon_that_cannot_be_reached(checkpoint, runtime_dir):
+    nbcache.load(str(checkpoint), device="cpu").release()
+    pid = nbcache.status().pid
+    os.kill(pid, signal.SIGSTOP)  # or it would notice, and make its socket anew
+    try:
+        (runtime_dir / "daemon.sock").unlink()
+        code, findings = diagnose()
+        assert code == 1
+        assert findings["daemon"]["message"].startswith(f"process {pid} holds ")
+        assert findings["daemon"]["remedy"].startswith(f"kill {pid}")
+    finally:
+        shell(f"kill {pid}; kill -CONT {pid}")
+        eventually(lambda: not Path(f"/proc/{pid}").exists())
+    shell(f"nbcache load {checkpoint}")
+    assert diagnose()[0] == 0
+
+
+def test_a_daemon_that_hangs(checkpoint):
+    nbcache.load(str(checkpoint), device="cpu").release()
+    pid = nbcache.status().pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        code, findings = diagnose()
+        assert code == 1
+        assert findings["daemon"]["message"].startswith("no answer within ")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    shell(remedy(findings["daemon"]))
+    assert diagnose()[0] == 0
+
+
+def serve_from(folder: Path) -> subprocess.Popen[str]:
+    """A daemon of the package in another folder."""
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    command = [sys.executable, "-P", "-m", "nbcache", "serve"]
+    server = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd="/")
+    assert "serving on" in server.stderr.readline()
+    return server
+
+
+@pytest.mark.parametrize(("protocol", "code"), [(0, 1), (None, 0)], ids=["protocol", "version"])
+def test_an_old_daemon(checkpoint, tmp_path, protocol, code):
+    old = tmp_path / "old" / "nbcache"
+    shutil.copytree(ROOT / "nbcache", old, ignore=shutil.ignore_patterns("__pycache__"))
+    init, messages = old / "__init__.py", old / "protocol" / "messages.py"
+    init.write_text(init.read_text().replace(f'"{nbcache.__version__}"', '"0.0.9"'))
+    if protocol is not None:
+        messages.write_text(
+            re.sub(r"^PROTOCOL_VERSION = \d+", f"PROTOCOL_VERSION = {protocol}", messages.read_text(), flags=re.MULTILINE)
+        )
+    with serve_from(old.parent) as server:
+        try:
+            seen, findings = diagnose()
+            assert seen == code
+            assert findings["daemon"]["state"] == ("broken" if code else "warning")
+            assert "0.0.9" in findings["daemon"]["message"]
+            shell(remedy(findings["daemon"]))
+            server.wait(20)
+        finally:
+            server.kill()
+    code, findings = diagnose()
+    assert code == 0 and f"nbcache {nbcache.__version__}" in findings["daemon"]["message"]
+    shell(f"nbcache load {checkpoint}")
+
+
+def test_a_directory_that_others_may_write_to(checkpoint, runtime_dir):
+    runtime_dir.mkdir()
+    runtime_dir.chmod(0o777)
+    code, findings = diagnose()
+    assert code == 1
+    assert "others may write to" in shell(f"nbcache load {checkpoint}", check=False).stderr
+    shell(findings["runtime directory"]["remedy"])
+    assert diagnose()[0] == 0
+    shell(f"nbcache load {checkpoint}")
+
+
+def test_no_torch(runtime_dir, tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
+    code, findings = diagnose(f"PYTHONPATH={tmp_path}")
+    assert code == 1
+    assert "libcudart.so.13" in findings["torch"]["message"]
+
+
+def test_no_kernelspec(runtime_dir, tmp_path):
+    code, findings = diagnose(f"JUPYTER_PREFER_ENV_PATH=0 JUPYTER_PATH={tmp_path} JUPYTER_DATA_DIR={tmp_path}")
+    assert code == 0
+    assert "kernelspec" in findings
+
+
+EMULATED = f"PYTHONPATH={ROOT} NBCACHE_TEST_DRIVER=tests.support.emulated:make"
+
+
+@pytest.mark.parametrize(
+    ("failure", "subject", "word"),
+    [
+        ("export", "fd export of GPU memory, GPU 0", "export refused"),
+        ("export", "fd export of pinned memory", "export refused"),
+        ("import", "fd import, GPU 1", "import refused"),
+        ("memory", "fd export of GPU memory, GPU 1", "no 2097152 bytes"),
+    ],
+)
+def test_a_gpu_driver_that_refuses(runtime_dir, tmp_path, failure, subject, word):
+    """The step that fails is named, and those before it are not; loads would copy, so nothing counts as broken."""
+    failures = tmp_path / "failures.json"
+    failures.write_text(json.dumps([failure]))
+    code, findings = diagnose(f"{EMULATED} NBCACHE_TEST_FAILURES={failures}")
+    assert code == 0
+    assert findings[subject]["state"] == "warning"
+    assert word in findings[subject]["message"]
+    assert findings["cuInit"]["state"] == findings["NVML, GPU 0"]["state"] == "ok"
+    failures.unlink()
+    assert all(found["state"] == "ok" for found in diagnose(f"{EMULATED} NBCACHE_TEST_FAILURES={failures}")[1].values())
+
+
+def test_a_driver_that_crashes_or_says_no(runtime_dir, tmp_path):
+    (tmp_path / "bad.py").write_text("import os\ndef crash(): os.abort()\ndef refuse(): raise RuntimeError('no libcuda.so.1')")
+    _, findings = diagnose(f"PYTHONPATH={tmp_path} NBCACHE_TEST_DRIVER=bad:crash")
+    assert findings["GPU driver"]["message"] == "crashed: SIGABRT"
+    _, findings = diagnose(f"PYTHONPATH={tmp_path} NBCACHE_TEST_DRIVER=bad:refuse")
+    assert findings["cuInit"]["message"] == "no libcuda.so.1"
+    assert "libcuda.so.1" in findings["cuInit"]["remedy"]
