@@ -148,12 +148,15 @@ def _saved_entries() -> list[str]:
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    part: Annotated[str, typer.Argument(help="Only this: machine, daemon, jupyter or gpu.")] = "",
+    as_json: AsJson = False,
+) -> None:
     """Look at machine, GPU, daemon and Jupyter: what works, what does not, what to do about it. Exits 1 if loads would fail."""
     from nbcache.doctor.checkup import examine
     from nbcache.doctor.findings import render_report
 
-    report = examine()
+    report = examine(part)
     _print(report if as_json else render_report(report))
     if not report.healthy:
         raise typer.Exit(1)

@@ -30,9 +30,9 @@ def shell(line: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def diagnose(prefix: str = "") -> tuple[int, dict[str, dict[str, str]]]:
+def diagnose(prefix: str = "", part: str = "") -> tuple[int, dict[str, dict[str, str]]]:
     """The exit status and the findings by subject."""
-    done = shell(f"{prefix} nbcache doctor --json", check=False)
+    done = shell(f"{prefix} nbcache doctor {part} --json", check=False)
     assert done.stderr == ""
     report = json.loads(done.stdout)
     assert report["version"] == nbcache.__version__
@@ -75,8 +75,14 @@ def test_a_machine_without_faults(runtime_dir):
     assert not runtime_dir.exists()  # it started nothing, and made nothing
 
 
+def test_one_part(runtime_dir):
+    code, findings = diagnose(part="daemon")
+    assert (code, set(findings)) == (0, {"runtime directory", "daemon"})
+    assert "'brain': doctor knows machine" in shell("nbcache doctor brain", check=False).stderr
+
+
 def test_in_words(runtime_dir):
-    lines = shell("nbcache doctor").stdout.splitlines()
+    lines = shell("nbcache doctor machine").stdout.splitlines()
     assert lines[0].startswith("ok       interpreter")
     assert lines[-1].startswith(f"nbcache {nbcache.__version__}: ")
 
@@ -98,7 +104,7 @@ def test_tiny_limits(large):
 
 
 def test_too_little_to_map(runtime_dir):
-    _, findings = diagnose("ulimit -Sv 9000000; NBCACHE_HOST_LIMIT=10G")
+    _, findings = diagnose("ulimit -Sv 9000000; NBCACHE_HOST_LIMIT=10G", "machine")
     assert findings["address space limit"]["state"] == "warning"
     assert "9.2 GB may be mapped, entries may take 10.0 GB" in findings["address space limit"]["message"]
     _, findings = diagnose(
@@ -108,20 +114,20 @@ def test_too_little_to_map(runtime_dir):
 
 
 def test_few_descriptors(runtime_dir):
-    _, findings = diagnose("ulimit -n 512;")
+    _, findings = diagnose("ulimit -n 512;", "machine")
     assert findings["open files limit"]["state"] == "warning"
     assert "4096" in findings["open files limit"]["remedy"]
 
 
 def test_a_host_tier_larger_than_the_machine(runtime_dir):
-    _, findings = diagnose("NBCACHE_HOST_LIMIT=900T")
+    _, findings = diagnose("NBCACHE_HOST_LIMIT=900T", "machine")
     assert findings["host tier"]["state"] == "warning"
     setting = findings["host tier"]["remedy"].split(",")[0]
-    assert diagnose(setting)[1]["host tier"]["state"] == "ok"
+    assert diagnose(setting, "machine")[1]["host tier"]["state"] == "ok"
 
 
 def test_nonsense_in_the_settings(runtime_dir):
-    code, findings = diagnose("NBCACHE_HOST_LIMIT=lots")
+    code, findings = diagnose("NBCACHE_HOST_LIMIT=lots", "machine")
     assert code == 1
     assert "'lots' is not a size" in findings["host tier"]["message"]
 
@@ -131,14 +137,14 @@ def test_a_stale_socket(checkpoint, runtime_dir):
     pid = nbcache.status().pid
     os.kill(pid, signal.SIGKILL)
     eventually(lambda: not Path(f"/proc/{pid}").exists())
-    code, findings = diagnose()
+    code, findings = diagnose(part="daemon")
     assert code == 0
     assert findings["socket"]["state"] == "warning"
     assert "is stale" in findings["socket"]["message"]
     shell(findings["socket"]["remedy"].split(",")[0])
-    assert diagnose()[1]["daemon"]["message"] == "none runs; the first load starts one"
+    assert diagnose(part="daemon")[1]["daemon"]["message"] == "none runs; the first load starts one"
     shell(f"nbcache load {checkpoint}")
-    assert f"process {nbcache.status().pid}," in diagnose()[1]["daemon"]["message"]
+    assert f"process {nbcache.status().pid}," in diagnose(part="daemon")[1]["daemon"]["message"]
 
 
 def test_a_daemon_that_cannot_be_reached(checkpoint, runtime_dir):
@@ -147,7 +153,7 @@ def test_a_daemon_that_cannot_be_reached(checkpoint, runtime_dir):
     os.kill(pid, signal.SIGSTOP)  # or it would notice, and make its socket anew
     try:
         (runtime_dir / "daemon.sock").unlink()
-        code, findings = diagnose()
+        code, findings = diagnose(part="daemon")
         assert code == 1
         assert findings["daemon"]["message"].startswith(f"process {pid} holds ")
         assert findings["daemon"]["remedy"].startswith(f"kill {pid}")
@@ -155,7 +161,7 @@ def test_a_daemon_that_cannot_be_reached(checkpoint, runtime_dir):
         shell(f"kill {pid}; kill -CONT {pid}")
         eventually(lambda: not Path(f"/proc/{pid}").exists())
     shell(f"nbcache load {checkpoint}")
-    assert diagnose()[0] == 0
+    assert diagnose(part="daemon")[0] == 0
 
 
 def test_a_daemon_that_hangs(checkpoint):
@@ -163,13 +169,13 @@ def test_a_daemon_that_hangs(checkpoint):
     pid = nbcache.status().pid
     os.kill(pid, signal.SIGSTOP)
     try:
-        code, findings = diagnose()
+        code, findings = diagnose(part="daemon")
         assert code == 1
         assert findings["daemon"]["message"].startswith("no answer within ")
     finally:
         os.kill(pid, signal.SIGCONT)
     shell(remedy(findings["daemon"]))
-    assert diagnose()[0] == 0
+    assert diagnose(part="daemon")[0] == 0
 
 
 def serve_from(folder: Path) -> subprocess.Popen[str]:
@@ -193,7 +199,7 @@ def test_an_old_daemon(checkpoint, tmp_path, protocol, code):
         )
     with serve_from(old.parent) as server:
         try:
-            seen, findings = diagnose()
+            seen, findings = diagnose(part="daemon")
             assert seen == code
             assert findings["daemon"]["state"] == ("broken" if code else "warning")
             assert "0.0.9" in findings["daemon"]["message"]
@@ -201,7 +207,7 @@ def test_an_old_daemon(checkpoint, tmp_path, protocol, code):
             server.wait(20)
         finally:
             server.kill()
-    code, findings = diagnose()
+    code, findings = diagnose(part="daemon")
     assert code == 0 and f"nbcache {nbcache.__version__}" in findings["daemon"]["message"]
     shell(f"nbcache load {checkpoint}")
 
@@ -209,24 +215,24 @@ def test_an_old_daemon(checkpoint, tmp_path, protocol, code):
 def test_a_directory_that_others_may_write_to(checkpoint, runtime_dir):
     runtime_dir.mkdir()
     runtime_dir.chmod(0o777)
-    code, findings = diagnose()
+    code, findings = diagnose(part="daemon")
     assert code == 1
     assert "others may write to" in shell(f"nbcache load {checkpoint}", check=False).stderr
     shell(findings["runtime directory"]["remedy"])
-    assert diagnose()[0] == 0
+    assert diagnose(part="daemon")[0] == 0
     shell(f"nbcache load {checkpoint}")
 
 
 def test_no_torch(runtime_dir, tmp_path):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
-    code, findings = diagnose(f"PYTHONPATH={tmp_path}")
+    code, findings = diagnose(f"PYTHONPATH={tmp_path}", "gpu")
     assert code == 1
     assert "libcudart.so.13" in findings["torch"]["message"]
 
 
 def test_no_kernelspec(runtime_dir, tmp_path):
-    code, findings = diagnose(f"JUPYTER_PREFER_ENV_PATH=0 JUPYTER_PATH={tmp_path} JUPYTER_DATA_DIR={tmp_path}")
+    code, findings = diagnose(f"JUPYTER_PREFER_ENV_PATH=0 JUPYTER_PATH={tmp_path} JUPYTER_DATA_DIR={tmp_path}", "jupyter")
     assert code == 0
     assert "kernelspec" in findings
 
@@ -234,32 +240,36 @@ def test_no_kernelspec(runtime_dir, tmp_path):
 EMULATED = f"PYTHONPATH={ROOT} NBCACHE_TEST_DRIVER=tests.support.emulated:make"
 
 
-@pytest.mark.parametrize(
-    ("failure", "subject", "word"),
-    [
-        ("export", "fd export of GPU memory, GPU 0", "export refused"),
-        ("export", "fd export of pinned memory", "export refused"),
-        ("import", "fd import, GPU 1", "import refused"),
-        ("memory", "fd export of GPU memory, GPU 1", "no 2097152 bytes"),
-    ],
-)
-def test_a_gpu_driver_that_refuses(runtime_dir, tmp_path, failure, subject, word):
+REFUSALS = {
+    "export": {"fd export of GPU memory, GPU 0": "export refused", "fd export of pinned memory": "export refused"},
+    "import": {"fd import, GPU 1": "import refused"},
+    "memory": {"fd export of GPU memory, GPU 1": "no 2097152 bytes"},
+}
+
+
+@pytest.mark.parametrize("failure", REFUSALS)
+def test_a_gpu_driver_that_refuses(runtime_dir, tmp_path, failure):
     """The step that fails is named, and those before it are not; loads would copy, so nothing counts as broken."""
     failures = tmp_path / "failures.json"
     failures.write_text(json.dumps([failure]))
-    code, findings = diagnose(f"{EMULATED} NBCACHE_TEST_FAILURES={failures}")
+    code, findings = diagnose(f"{EMULATED} NBCACHE_TEST_FAILURES={failures}", "gpu")
     assert code == 0
-    assert findings[subject]["state"] == "warning"
-    assert word in findings[subject]["message"]
+    for subject, words in REFUSALS[failure].items():
+        assert findings[subject]["state"] == "warning"
+        assert words in findings[subject]["message"]
     assert findings["cuInit"]["state"] == findings["NVML, GPU 0"]["state"] == "ok"
-    failures.unlink()
-    assert all(found["state"] == "ok" for found in diagnose(f"{EMULATED} NBCACHE_TEST_FAILURES={failures}")[1].values())
+
+
+def test_a_gpu_driver_that_does_all(runtime_dir):
+    _, findings = diagnose(EMULATED, "gpu")
+    assert {"fd import, GPU 0", "fd export of pinned memory", "CuPy"} <= set(findings)
+    assert all(found["state"] == "ok" for found in findings.values())
 
 
 def test_a_driver_that_crashes_or_says_no(runtime_dir, tmp_path):
     (tmp_path / "bad.py").write_text("import os\ndef crash(): os.abort()\ndef refuse(): raise RuntimeError('no libcuda.so.1')")
-    _, findings = diagnose(f"PYTHONPATH={tmp_path} NBCACHE_TEST_DRIVER=bad:crash")
+    _, findings = diagnose(f"PYTHONPATH={tmp_path} NBCACHE_TEST_DRIVER=bad:crash", "gpu")
     assert findings["GPU driver"]["message"] == "crashed: SIGABRT"
-    _, findings = diagnose(f"PYTHONPATH={tmp_path} NBCACHE_TEST_DRIVER=bad:refuse")
+    _, findings = diagnose(f"PYTHONPATH={tmp_path} NBCACHE_TEST_DRIVER=bad:refuse", "gpu")
     assert findings["cuInit"]["message"] == "no libcuda.so.1"
     assert "libcuda.so.1" in findings["cuInit"]["remedy"]
