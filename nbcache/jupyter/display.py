@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbcache.protocol.messages import EntryStatus, Status
+from nbcache.settings import Setting
 from nbcache.units import format_duration, format_size
 
 if TYPE_CHECKING:
@@ -43,11 +44,22 @@ def render_status(status: Status) -> str:
     head = f"host tier: {format_size(host.used_bytes)} of {format_size(host.limit_bytes)} used; daemon {status.pid}"
     if not status.entries:
         return f"{head}; nothing cached"
-    gpus = {gpu.uuid: f"gpu {number}" for number, gpu in enumerate(status.devices)}
+    gpus = device_names(status)
     lines = [head, *(f"{gpus[gpu.uuid]}: {gpu.name}, {format_size(gpu.slab_bytes)} of weights" for gpu in status.devices)]
     rows: list[tuple[str, ...]] = [("name", "size", "tensors", "where", "used by", "idle", "")]
     rows += [_row(entry, gpus) for entry in status.entries]
     return "\n".join([*lines, *_columns(rows)])
+
+
+def device_names(status: Status) -> dict[str, str]:
+    """What to call each GPU, by its UUID."""
+    return {gpu.uuid: f"gpu {number}" for number, gpu in enumerate(status.devices)}
+
+
+def render_settings(settings: Sequence[Setting]) -> str:
+    """Options as lines of text: name, value, and what set it."""
+    rows = [("option", "value", "set by"), *((each.option, str(each.value) or "-", each.source) for each in settings)]
+    return "\n".join(_columns(rows))
 
 
 def idle_slab_bytes(status: Status) -> int:
@@ -67,14 +79,15 @@ def _row(entry: EntryStatus, gpus: Mapping[str, str]) -> tuple[str, ...]:
         short_name(entry.name),
         format_size(entry.bytes),
         str(entry.tensors),
-        ", ".join(_where(entry, gpus)),
+        ", ".join(where(entry, gpus)),
         users or "-",
         "-" if entry.leases else format_duration(entry.last_used_s),
         ", ".join(remarks),
     )
 
 
-def _where(entry: EntryStatus, gpus: Mapping[str, str]) -> list[str]:
+def where(entry: EntryStatus, gpus: Mapping[str, str]) -> list[str]:
+    """The tiers that an entry is in, in words."""
     host = [] if entry.host == "absent" else ["host" if entry.host == "staged" else "host (staging)"]
     slabs = [
         gpus.get(slab.uuid, slab.uuid)
