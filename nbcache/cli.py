@@ -24,6 +24,7 @@ from nbcache.client.session import Session, stop_daemon
 from nbcache.config import NBCache
 from nbcache.errors import InvalidOption, NBCacheError
 from nbcache.jupyter.display import render_settings, render_status, short_name
+from nbcache.jupyter.progress import Progress, find_screen
 from nbcache.units import format_duration, format_size, parse_size
 
 app = typer.Typer(
@@ -84,7 +85,9 @@ def load(
 ) -> None:
     """Read a checkpoint into the cache, so that the first notebook finds it there."""
     start = time.perf_counter()
-    entry, hit = api.stage(name, pinned=pin)
+    with Progress(short_name(name), find_screen(sys.stderr)) as progress:
+        entry, hit = api.stage(name, pinned=pin, on_progress=progress)
+    progress.finish("")
     seconds = time.perf_counter() - start
     if as_json:
         _print(msgspec.structs.asdict(entry) | {"seconds": round(seconds, 6), "hit": hit})
@@ -326,7 +329,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         result = app(rest, standalone_mode=False, obj=flagged)
         sys.stdout.flush()
     except NBCacheError as error:
-        _fail(str(error), 1)
+        _fail(f"{error}{completion.suggest(error)}", 1)
     except _CLICK_EXCEPTION as error:
         _fail(f"{error.format_message()} (see nbcache --help)", 2)  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):

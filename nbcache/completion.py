@@ -5,12 +5,13 @@ Quick and silent: a daemon that does not run, hangs or speaks otherwise has no n
 
 from __future__ import annotations
 
+import difflib
 import os
 
 from nbcache.checkpoints import aliases
 from nbcache.client.api import query
 from nbcache.client.session import Session
-from nbcache.errors import NBCacheError
+from nbcache.errors import CheckpointNotFound, EntryNotFound, NBCacheError
 
 SUFFIXES = (".safetensors", ".index.json")
 """Ends of the names of files that can be loaded."""
@@ -66,6 +67,20 @@ def cached(text: str) -> list[str]:
     matching = {name: None for name in names if name.startswith(text)}
     matching |= {text + name[len(full) :]: None for name in names if "/" in text and name.startswith(full) and name != full}
     return list(matching)[:MOST]
+
+
+def suggest(error: NBCacheError) -> str:
+    """``; did you mean flux-dev?`` for an error about a name that does not exist; empty for others, and where none is near."""
+    if not isinstance(error, CheckpointNotFound | EntryNotFound):
+        return ""
+    wanted = str(error).partition(":")[0]
+    known = {name: name for name in [*alias_names(), *entry_names()]}
+    known |= {path.rstrip("/"): path for path in paths(os.path.join(os.path.dirname(wanted), ""))}
+    by_last = {os.path.basename(name): name for name in known if os.path.basename(name)}
+    near = difflib.get_close_matches(wanted, known, 1, 0.75) or [
+        by_last[last] for last in difflib.get_close_matches(os.path.basename(wanted), by_last, 1, 0.7)
+    ]
+    return f"; did you mean {near[0]}?" if near and near[0] != wanted else ""
 
 
 def loadable(text: str) -> list[str]:
