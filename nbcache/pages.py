@@ -19,14 +19,18 @@ FILTER_FROM = 12
 
 STYLE = """
 .nbcache{font-size:var(--jp-ui-font-size1,13px);line-height:1.5;max-width:72em;color:inherit}
-.nbcache table{border-collapse:collapse;margin:0;border:none;font-size:inherit;table-layout:auto}
-.nbcache th,.nbcache td{text-align:left;padding:.15em .9em .15em 0;border:none;background:none;color:inherit;vertical-align:top}
-.nbcache th{font-weight:600;opacity:.65}
-.nbcache tbody tr{border-top:1px solid rgba(128,128,128,.25)}
-.nbcache .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.nbcache table{border-collapse:collapse;margin:0 0 .6em;border:none;font-size:inherit;table-layout:auto}
+.nbcache table th,.nbcache table td{text-align:left;padding:.15em .9em .15em 0;
+border:none;background:none;color:inherit;vertical-align:top}
+.nbcache table th{font-weight:600;opacity:.65}
+.nbcache tbody tr{border-top:1px solid rgba(128,128,128,.25);background:none!important}
+.nbcache tbody tr.more{border-top:none}
+.nbcache table .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .nbcache .dim{opacity:.65}
-.nbcache .bar{display:inline-block;width:16em;height:.7em;border-radius:.35em;overflow:hidden;background:rgba(128,128,128,.25)}
+.nbcache .bar{display:inline-block;vertical-align:middle;width:16em;max-width:100%;
+height:.7em;border-radius:.35em;overflow:hidden;background:rgba(128,128,128,.25)}
 .nbcache .bar i{display:block;height:100%;background:var(--jp-brand-color1,var(--vscode-charts-blue,#2f7ed8))}
+.nbcache .small .bar{width:6em}
 .nbcache summary{cursor:pointer}
 .nbcache .tag{border:1px solid rgba(128,128,128,.5);border-radius:.6em;padding:0 .5em;font-size:.85em}
 .nbcache .tensors{max-height:24em;overflow:auto;margin:.3em 0 .6em 1em}
@@ -60,13 +64,20 @@ def bar(part: float, whole: float, title: str = "") -> str:
     return f'<span class="bar" role="img" title="{escape(title)}"><i style="width:{percent:.1f}%"></i></span>'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """A table of cells that are HTML already; ``numbers`` are the columns that align right."""
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = (), opened: Sequence[str] | None = None
+) -> str:
+    """A table of cells that are HTML already; ``numbers`` are the columns that align right.
+
+    ``opened`` gives a part below each row, across all columns; an empty one is left out.
+    """
     kind = [' class="n"' if column in numbers else "" for column in range(len(head))]
     top = "".join(f"<th{attribute}>{escape(cell)}</th>" for cell, attribute in zip(head, kind, strict=True))
-    body = "".join(
-        f"<tr>{''.join(f'<td{attribute}>{cell}</td>' for cell, attribute in zip(row, kind, strict=True))}</tr>" for row in rows
-    )
+    below = [f'<tr class="more"><td colspan="{len(head)}">{part}</td></tr>' if part else "" for part in opened or ()]
+    body = ""
+    for number, row in enumerate(rows):
+        cells = "".join(f"<td{attribute}>{cell}</td>" for cell, attribute in zip(row, kind, strict=True))
+        body += f"<tr>{cells}</tr>{below[number] if below else ''}"
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 

@@ -25,7 +25,8 @@ def summary(weights: Weights, seconds: float, how: str = "", sharers: int = 0) -
     words = [how or (place if weights.hit else "read from disk")]
     if sharers:
         words.append(f"shared with {sharers} notebook{'s' if sharers != 1 else ''}")
-    words.append(f"{format_size(weights.private_bytes)} private")
+    if weights.private_bytes or (weights.hit and not how):
+        words.append(f"{format_size(weights.private_bytes)} private")
     size, taken = format_size(weights.nbytes), format_duration(seconds)
     return f"{short_name(weights.name)}: {count}, {size} on {weights.device} in {taken} ({', '.join(words)})"
 

@@ -39,7 +39,7 @@ def render_status_html(status: Status, manifest_of: Callable[[str], Manifest], p
     head = ("entry", "size", "tensors", "where", "used by", "private here", "idle")
     rows = [_row(entry, gpus, private_bytes.get(entry.key, 0)) for entry in status.entries]
     opened = [_opened(entry, manifest_of) for entry in status.entries]
-    return page(_tiers(status), table(head, rows, (1, 2, 5, 6)), *opened)
+    return page(_tiers(status), table(head, rows, (1, 2, 5, 6), opened))
 
 
 def _tiers(status: Status) -> str:
@@ -59,7 +59,7 @@ def _row(entry: EntryStatus, gpus: Mapping[str, str], private_bytes: int) -> tup
     remarks = [word for word, holds in (("pinned", entry.pinned), ("saved", entry.provenance == "put")) if holds]
     name = f'<b title="{escape(entry.name)}">{escape(short_name(entry.name))}</b> {" ".join(map(tag, remarks))}'
     if entry.host == "staging":
-        name += f" {bar(entry.staged_bytes, entry.bytes)}"
+        name += f' <span class="small">{bar(entry.staged_bytes, entry.bytes)}</span>'
     return (
         name,
         format_size(entry.bytes),
@@ -67,7 +67,7 @@ def _row(entry: EntryStatus, gpus: Mapping[str, str], private_bytes: int) -> tup
         escape(", ".join(where(entry, gpus))),
         "<br>".join(map(escape, users)) or '<span class="dim">nobody</span>',
         format_size(private_bytes) if private_bytes else "-",
-        "in use" if entry.leases else format_duration(entry.last_used_s),
+        "in use" if entry.leases else "loading" if entry.host == "staging" else format_duration(entry.last_used_s),
     )
 
 
@@ -77,4 +77,4 @@ def _opened(entry: EntryStatus, manifest_of: Callable[[str], Manifest]) -> str:
     except NBCacheError:  # evicted between two questions
         return ""
     rows = [TensorRow(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in manifest.tensors]
-    return details(f"tensors of {escape(short_name(entry.name))}", tensor_table(rows))
+    return details('<span class="dim">tensors</span>', tensor_table(rows))
