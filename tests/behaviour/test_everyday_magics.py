@@ -12,7 +12,7 @@ import nbcache
 from nbcache.checkpoints import aliases
 from tests.behaviour.test_magics import LEASES, assert_usage_error
 from tests.support.checkpoints import raw_checkpoint, write_checkpoint
-from tests.support.kernels import Kernel
+from tests.support.kernels import Interpreter, Kernel
 
 
 @pytest.fixture
@@ -175,3 +175,22 @@ def test_config(kernel):
     assert "did you mean host_limit?" in outcome.stderr + outcome.stdout
     kernel.run("%config NBCache.host_limit = '1G'")
     assert kernel.run("import os\nos.environ['NBCACHE_HOST_LIMIT']") == "'1G'"
+
+
+TERMINAL = """
+from IPython.core.completer import provisionalcompleter
+from IPython.terminal.interactiveshell import TerminalInteractiveShell
+shell = TerminalInteractiveShell.instance()
+shell.run_line_magic("load_ext", "nbcache")
+def complete(code):
+    with provisionalcompleter():
+        return [code[: each.start] + each.text for each in shell.Completer.completions(code, len(code))]
+"""
+
+
+def test_completion_in_a_terminal(checkpoint, tmp_path):
+    with Interpreter(IPYTHONDIR=str(tmp_path / "ipython")) as terminal:
+        terminal.run(TERMINAL)
+        assert "%weights evict" in terminal.run("complete('%weights ev')")
+        assert f"%load_weights {checkpoint}" in terminal.run(f"complete('%load_weights {tmp_path}/mod')")
+        assert "w = %load_weights x --share readonly" in terminal.run("complete('w = %load_weights x --share re')")
