@@ -63,9 +63,10 @@ class MagicCompleter:
         place = _positionals_in(before, flags)
         if place >= len(positional):
             return [flag for flag in flags if flag.startswith("--")] if not fragment else []
-        loads = magic.startswith("load")
         action = positional[place]
-        return action.choices or (completion.loadable(fragment) if loads else completion.cached(fragment))
+        if action.choices or action.dest != "name":
+            return action.choices or self._variables()
+        return completion.loadable(fragment) if magic.startswith("load") else completion.cached(fragment)
 
     def _values(self, action: argparse.Action, fragment: str) -> Iterable[str]:
         by_flag: dict[str, Callable[[], Iterable[str]]] = {

@@ -83,9 +83,9 @@ class NBCacheMagics(Magics):
         start = time.perf_counter()
         with self.progress(args.name) as progress:
             weights = api.load(_unquoted(args.name), args.device, args.dtype, args.share, on_progress=progress)
-        line = self.summarize(weights, time.perf_counter() - start)
-        if not progress.finish(line) and args.variable:
-            self.say(line)
+        seconds = time.perf_counter() - start
+        if progress.drawn or args.variable:
+            self.say(self.summarize(weights, seconds), progress)
         if not args.variable:
             return weights
         self._shell.user_ns[args.variable] = weights
@@ -166,9 +166,9 @@ class NBCacheMagics(Magics):
                 if idle:
                     print(f"nbcache: {format_size(idle)} of GPU memory hold weights that no kernel uses: %weights free-gpu")  # noqa: T201
 
-    def say(self, line: str) -> None:
-        """Print, unless the line that was typed ends in a semicolon."""
-        if not self._silent:
+    def say(self, line: str, progress: Progress | None = None) -> None:
+        """Print, in place of a load's bar where there is one, and not if the line that was typed ends in a semicolon."""
+        if not (progress and progress.finish(line)) and not self._silent:
             print(line)  # noqa: T201
 
     @contextlib.contextmanager

@@ -95,6 +95,11 @@ class Progress:
         (then, before), (now, staged) = self._seen[0], self._seen[-1]
         return max(0.0, (staged - before) / (now - then)) if now > then else 0.0
 
+    @property
+    def drawn(self) -> bool:
+        """Whether a bar is there now."""
+        return self._drawn
+
     def finish(self, line: str) -> bool:
         """Leave this line where the bar is; False, and nothing is shown, if none was drawn."""
         drawn, self._drawn = self._drawn, False
