@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -14,10 +15,11 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import nbcache
 from nbcache.protocol import messages as m
-from nbcache.top import Speeds
+from nbcache.top import Speeds, render_frame
 from tests.behaviour.test_cli import SCRIPT, cli
 from tests.support.checkpoints import raw_checkpoint, write_checkpoint
 from tests.support.waiting import eventually
@@ -164,3 +166,25 @@ def test_the_status_tells_how_far_a_load_is(runtime_dir, tmp_path):
         loader.wait(30)
     assert seen == sorted(seen)
     assert all(0 <= staged <= size for staged in seen)
+
+
+def test_a_frame_of_top_has_tiers_loads_and_notebooks():
+    lease = m.Lease(7, "/home/me/a.ipynb")
+    slab = m.DeviceResidence("GPU-1", "", "resident", 1)
+    loading = m.EntryStatus(
+        "/models/sdxl/unet", (), "file", (), 4 * 10**9, 9, "staging", "pinned", (), 0, False, 0.1, "k", (), 10**9
+    )
+    used = m.EntryStatus(
+        "/models/flux-dev/t", (), "file", (), 2 * 10**9, 9, "staged", "pinned", (slab,), 1, True, 5.0, "u", (lease,)
+    )
+    gpu = m.DeviceStatus("GPU-1", "H100", 2 * 10**9, 85 * 10**9)
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(
+        render_frame(m.Status("1", 1, 9, 60.0, m.HostStatus(6 * 10**9, 64 * 10**9), (gpu,), (loading, used)), {"k": 5e8})
+    )
+    text = console.export_text()
+    for words in (
+        "6.0 GB of 64.0 GB", "2.0 GB of 85.0 GB, H100", "1.0 GB of 4.0 GB", "0.50 GB/s", "6.0 s left", "me/a.ipynb", "pid 7",
+        "host, gpu 0, pinned",
+    ):  # fmt: skip
+        assert words in text
