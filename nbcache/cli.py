@@ -7,6 +7,7 @@ it was called wrongly. ``--json`` prints one document for scripts. Never imports
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 import warnings
@@ -16,19 +17,20 @@ from typing import Annotated, NoReturn
 import msgspec
 import typer
 
-from nbcache import __version__
+from nbcache import __version__, completion, settings
+from nbcache.checkpoints import aliases
 from nbcache.client import api
 from nbcache.client.session import Session, stop_daemon
 from nbcache.config import NBCache
 from nbcache.errors import InvalidOption, NBCacheError
-from nbcache.jupyter.display import render_status, short_name
+from nbcache.jupyter.display import render_settings, render_status, short_name
+from nbcache.jupyter.progress import Progress, find_screen
 from nbcache.units import format_duration, format_size, parse_size
 
 app = typer.Typer(
     name="nbcache",
     help="Keep model weights alive across kernel restarts.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -75,7 +77,8 @@ def load(
     name: Annotated[
         str,
         typer.Argument(
-            help="A checkpoint (.safetensors, .pt, .bin, .gguf, .npz, ...), a shard index, or a folder that holds one."
+            help="A checkpoint (.safetensors, .pt, .bin, .gguf, .npz, ...), a shard index, or a folder that holds one.",
+            autocompletion=completion.loadable,
         ),
     ],
     pin: Annotated[bool, typer.Option("--pin", help="Keep it, however full the tier gets.")] = False,
@@ -83,7 +86,9 @@ def load(
 ) -> None:
     """Read a checkpoint into the cache, so that the first notebook finds it there."""
     start = time.perf_counter()
-    entry, hit = api.stage(name, pinned=pin)
+    with Progress(short_name(name), find_screen(sys.stderr)) as progress:
+        entry, hit = api.stage(name, pinned=pin, on_progress=progress)
+    progress.finish("")
     seconds = time.perf_counter() - start
     if as_json:
         _print(msgspec.structs.asdict(entry) | {"seconds": round(seconds, 6), "hit": hit})
@@ -94,7 +99,7 @@ def load(
 
 @app.command()
 def evict(
-    name: Annotated[str, typer.Argument(help="The entry to drop.")] = "",
+    name: Annotated[str, typer.Argument(help="The entry to drop.", autocompletion=completion.cached)] = "",
     everything: Annotated[bool, typer.Option("--all", help="Every idle entry that can be read again.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -111,13 +116,13 @@ def evict(
 
 
 @app.command()
-def pin(name: Annotated[str, typer.Argument(help="The entry to keep.")]) -> None:
+def pin(name: Annotated[str, typer.Argument(help="The entry to keep.", autocompletion=completion.cached)]) -> None:
     """Keep an entry, however full the tier gets."""
     api.pin(name)
 
 
 @app.command()
-def unpin(name: Annotated[str, typer.Argument(help="The entry to let go.")]) -> None:
+def unpin(name: Annotated[str, typer.Argument(help="The entry to let go.", autocompletion=completion.cached)]) -> None:
     """Let an entry give way again."""
     api.unpin(name)
 
@@ -150,6 +155,54 @@ def _saved_entries() -> list[str]:
         return [f"{e.name} ({format_size(e.bytes)})" for e in api.status().entries if e.provenance == "put"]
     except NBCacheError:  # hung, or of another version: it is to be stopped all the same
         return []
+
+
+@app.command()
+def top(
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once.")] = False,
+) -> None:
+    """Watch the tiers, loads with their speed, and who uses what, until Ctrl-C."""
+    from nbcache.top import run_top
+
+    run_top(interval, once)
+
+
+@app.command("config")
+def show_config(context: typer.Context, as_json: AsJson = False) -> None:
+    """Show the options in force, and what set each: a file of Jupyter's config path, the environment, a flag."""
+    found = settings.in_force(context.obj or ())
+    _print(found if as_json else render_settings(found))
+
+
+alias = typer.Typer(help="Short names for what you load.", no_args_is_help=True)
+app.add_typer(alias, name="alias")
+
+
+@alias.command("add")
+def alias_add(
+    name: Annotated[str, typer.Argument(help="The short name.")],
+    target: Annotated[str, typer.Argument(metavar="PATH", help="What it stands for.", autocompletion=completion.paths)],
+) -> None:
+    """Let NAME stand for PATH, wherever a name is asked for."""
+    aliases.add(name, target)
+    _print(f"{name} is {aliases.listing()[name]}")
+
+
+@alias.command("remove")
+def alias_remove(
+    name: Annotated[str, typer.Argument(help="The short name.", autocompletion=completion.aliases_of)],
+) -> None:
+    """Forget NAME. What was loaded by it stays cached."""
+    aliases.remove(name)
+
+
+@alias.command("list")
+def alias_list(as_json: AsJson = False) -> None:
+    """Show your aliases."""
+    table = aliases.listing()
+    width = max(map(len, table), default=0)
+    _print(table if as_json else "\n".join(f"{name.ljust(width)}  {table[name]}" for name in sorted(table)) or "no aliases")
 
 
 @app.command()
@@ -275,14 +328,28 @@ _CLICK_EXCEPTION: type[Exception] = next(base for base in typer.BadParameter.__m
 """Of whichever click this typer was built on; newer ones carry their own."""
 
 
+def _take_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Take ``--NBCache.option=value`` out, wherever it stands, and what the configuration files say in."""
+    rest, flagged = [], []
+    for argument in arguments:
+        if argument.startswith(f"--{settings.SECTION}."):
+            flagged.append(settings.set_flag(argument.removeprefix("--")))
+        else:
+            rest.append(argument)
+    if "doctor" not in rest and not os.environ.get("_NBCACHE_COMPLETE"):  # doctor tells what is wrong with them
+        settings.adopt()
+    return rest, flagged
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line. Exits; never returns."""
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
-        result = app(arguments, standalone_mode=False)
+        rest, flagged = _take_flags(sys.argv[1:] if arguments is None else arguments)
+        result = app(rest, standalone_mode=False, obj=flagged)
         sys.stdout.flush()
     except NBCacheError as error:
-        _fail(str(error), 1)
+        _fail(f"{error}{completion.suggest(error)}", 1)
     except _CLICK_EXCEPTION as error:
         _fail(f"{error.format_message()} (see nbcache --help)", 2)  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):

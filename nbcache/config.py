@@ -6,8 +6,10 @@ settings reach the daemon that it starts.
 
 from __future__ import annotations
 
+import difflib
 import os
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import platformdirs
 import psutil
 from traitlets import Bool, Float, TraitError, Unicode, default, validate
-from traitlets.config import Configurable
+from traitlets.config import Config, Configurable
 
 from nbcache.errors import DaemonUnavailable, InvalidOption
 from nbcache.units import parse_size
@@ -87,12 +89,27 @@ class NBCache(Configurable):
             raise TraitError(f"NBCache.{proposal['trait'].name}: {error}") from error
         return value
 
+    def _load_config(self, cfg: Config, section_names: Any = None, traits: Any = None) -> None:  # noqa: ANN401
+        """Traitlets calls this for each configuration. TraitError for an option that does not exist, where it only warns."""
+        check_names(name for name in self._find_my_config(cfg) if not name[:1].isupper())
+        super()._load_config(cfg, section_names, traits)
+
     def host_limit_bytes(self) -> int:
         """The host tier's limit now. Asked again each time: some machines' memory grows as it is used."""
         try:
             return parse_size(self.host_limit) if self.host_limit else available_memory_bytes() // 2
         except InvalidOption as error:
             raise InvalidOption(f"NBCache.host_limit (NBCACHE_HOST_LIMIT): {error}") from error
+
+
+def check_names(names: Iterable[str]) -> None:
+    """TraitError, with the nearest option that exists, for a name of one that does not."""
+    known = NBCache.class_trait_names(config=True)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.5)
+            meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
+            raise TraitError(f"no option NBCache.{name}; {meant}")
 
 
 def reply_timeout_s() -> float:

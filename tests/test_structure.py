@@ -20,6 +20,8 @@ RANKS: dict[str, int] = {
     "units": 1,
     "layout": 2,
     "config": 2,
+    "settings": 3,
+    "pages": 3,
     "manifest": 3,
     "memory": 4,
     "checkpoints": 5,
@@ -28,7 +30,9 @@ RANKS: dict[str, int] = {
     "client": 7,
     "models": 8,
     "jupyter": 9,
+    "completion": 8,
     "cli": 10,
+    "top": 10,
     "bench": 10,
     "doctor": 10,
     "demo": 10,
@@ -69,6 +73,7 @@ INNER_RANKS: dict[str, dict[str, int]] = {
         "device": 5,
         "loading": 6,
         "weights": 7,
+        "users": 0,
         "api": 8,
     },
     "checkpoints": {
@@ -108,7 +113,7 @@ INNER_RANKS: dict[str, dict[str, int]] = {
 }
 """The same rule within a part: a module imports those of lower ranks alone."""
 
-SAME_RANK = {("cli", "bench"), ("cli", "demo"), ("cli", "doctor"), ("demo", "demo_kernel")}
+SAME_RANK = {("cli", "bench"), ("cli", "demo"), ("cli", "doctor"), ("cli", "top"), ("demo", "demo_kernel")}
 """The top is one layer: the command line runs the demo and the benchmarks."""
 
 FORBIDDEN = {("daemon", "checkpoints")}

@@ -15,7 +15,7 @@ from nbcache.client.options import Options, Share
 from nbcache.client.session import ProgressCallback, Session, expect
 from nbcache.client.weights import Weights
 from nbcache.errors import EntryInUse, EntryNotFound, UnsupportedFormat
-from nbcache.manifest import MAX_MANIFEST_BYTES
+from nbcache.manifest import MAX_MANIFEST_BYTES, Manifest, decode_manifest
 from nbcache.memory import driver
 from nbcache.memory.shared import read_sealed
 from nbcache.protocol import messages as m
@@ -114,6 +114,16 @@ def query(session: Session) -> m.Status:
         return _status_decoder.decode(read_sealed(descriptors[0], MAX_MANIFEST_BYTES))
     finally:
         close_all(descriptors)
+
+
+def manifest(key: str) -> Manifest:
+    """The tensors of an entry, by its key, without using it. EntryNotFound, DaemonUnavailable."""
+    with Session.open(start=False) as session:
+        _, descriptors = expect(session.request(m.Query(key)), m.Document)
+        try:
+            return decode_manifest(read_sealed(descriptors[0], MAX_MANIFEST_BYTES))
+        finally:
+            close_all(descriptors)
 
 
 def evict(name: str | os.PathLike[str]) -> m.Evicted:

@@ -35,6 +35,7 @@ from nbcache.errors import (
 )
 from nbcache.protocol import messages as m
 from nbcache.protocol.wire import Channel, Closed, close_all, daemon_messages
+from nbcache.settings import adopt
 
 ProgressCallback = Callable[[int, int], None]
 """Called with staged and total bytes while a staging is waited for."""
@@ -73,7 +74,7 @@ class Session:
         if not sys.platform.startswith("linux"):
             raise UnsupportedPlatform(f"nbcache needs Linux (memfd, pidfd, descriptor passing), this is {sys.platform}")
         paths, timeout_s = RuntimePaths.of_user(), reply_timeout_s or default_reply_timeout_s()
-        sock = _connect(paths) or (_start(paths, NBCache()) if start else None)
+        sock = _connect(paths) or (_start(paths) if start else None)
         if sock is None:
             raise DaemonUnavailable(f"no daemon runs ({paths.socket}); the first load starts one")
         session = cls(Channel(sock, daemon_messages), timeout_s)
@@ -194,8 +195,10 @@ def _connect(paths: RuntimePaths) -> socket.socket | None:
     return sock
 
 
-def _start(paths: RuntimePaths, config: NBCache) -> socket.socket:
+def _start(paths: RuntimePaths) -> socket.socket:
     """Start a daemon, one starter at a time, and connect to it."""
+    adopt()
+    config = NBCache()
     paths.create()
     deadline = time.monotonic() + config.start_timeout_s
     try:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import sys
+import weakref
 from collections.abc import Iterator, Mapping
+from html import escape
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from nbcache.client.options import Loaded, Options, Share
 from nbcache.errors import InvalidOption, WeightsReleased
 from nbcache.manifest import BLOCKS
+from nbcache.pages import TensorRow, details, page, tensor_table
 from nbcache.units import format_size
 
 if TYPE_CHECKING:
@@ -47,6 +50,7 @@ class Weights(Mapping[str, "torch.Tensor"]):
         self.private_bytes = loaded.private_bytes
         self.hit = loaded.hit
         self._manifest = loaded.manifest
+        _alive.add(self)
 
     def _live(self) -> dict[str, torch.Tensor]:
         if self._tensors is None:
@@ -90,6 +94,11 @@ class Weights(Mapping[str, "torch.Tensor"]):
         return dequantize(self._live(), self._manifest, dtype)
 
     @property
+    def key(self) -> str:
+        """The key of the entry: what its files, or the saved bytes, are."""
+        return self._key
+
+    @property
     def released(self) -> bool:
         """Whether :meth:`release` was called."""
         return self._tensors is None
@@ -115,6 +124,18 @@ class Weights(Mapping[str, "torch.Tensor"]):
         size = format_size(self.nbytes)
         return f"<Weights {self.name!r}: {len(self._tensors)} tensors, {size} on {self.device}, {self._options.share}{private}>"
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the line, which opens to the tensors."""
+        if self._tensors is None:
+            return page(escape(repr(self)))
+        rows = [
+            TensorRow(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor.nbytes)
+            for name, tensor in self._tensors.items()
+        ]
+        private = f", {format_size(self.private_bytes)} private"
+        head = f"{len(rows)} tensors, {format_size(self.nbytes)} on {self.device}, {self._options.share}{private}"
+        return page(details(f"<b>{escape(self.name)}</b> {escape(head)}", tensor_table(rows)))
+
     def __eq__(self, other: object) -> bool:
         return self is other
 
@@ -132,6 +153,14 @@ class Weights(Mapping[str, "torch.Tensor"]):
     def __reduce__(self) -> tuple[object, ...]:
         self._live()
         return attach_again, (self._key, str(self.device), self._options.dtype, self._options.share)
+
+
+_alive: weakref.WeakSet[Weights] = weakref.WeakSet()
+
+
+def alive() -> list[Weights]:
+    """Those of this process that hold tensors."""
+    return [weights for weights in _alive if not weights.released]
 
 
 def attach_again(key: str, device: str, dtype: object, share: Share) -> Weights:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from nbcache import __version__
@@ -23,8 +23,15 @@ class User(Protocol):
     label: str
 
 
-def describe_status(store: Store, users: Mapping[int, User], driver: Driver | None, uptime_s: float, now_s: float) -> m.Status:
-    """The document that ``nbcache status --json`` prints. ``users`` are found by lease."""
+def describe_status(
+    store: Store,
+    users: Mapping[int, User],
+    driver: Driver | None,
+    uptime_s: float,
+    now_s: float,
+    staged_bytes: Callable[[str], int] = lambda key: 0,
+) -> m.Status:
+    """The document that ``nbcache status --json`` prints. ``users`` are found by lease, ``staged_bytes`` by key."""
     gpus = driver.gpus() if driver else ()
     return m.Status(
         version=__version__,
@@ -32,12 +39,12 @@ def describe_status(store: Store, users: Mapping[int, User], driver: Driver | No
         pid=os.getpid(),
         uptime_s=round(uptime_s, 3),
         host=m.HostStatus(store.used_bytes, store.limit_bytes),
-        devices=tuple(m.DeviceStatus(gpu.uuid, gpu.name, store.slab_bytes(gpu.uuid)) for gpu in gpus),
-        entries=tuple(_entry_status(entry, users, now_s) for entry in store.entries.values()),
+        devices=tuple(m.DeviceStatus(gpu.uuid, gpu.name, store.slab_bytes(gpu.uuid), gpu.total_bytes) for gpu in gpus),
+        entries=tuple(_entry_status(entry, users, now_s, staged_bytes(entry.key)) for entry in store.entries.values()),
     )
 
 
-def _entry_status(entry: Entry, users: Mapping[int, User], now_s: float) -> m.EntryStatus:
+def _entry_status(entry: Entry, users: Mapping[int, User], now_s: float, staged_bytes: int) -> m.EntryStatus:
     leases = entry.leases
     kinds = [place.kind.value for place in entry.residences if place.on_host]
     return m.EntryStatus(
@@ -55,6 +62,7 @@ def _entry_status(entry: Entry, users: Mapping[int, User], now_s: float) -> m.En
         last_used_s=round(now_s - entry.last_used_s, 3),
         key=entry.key,
         used_by=tuple(_user(users.get(lease)) for lease in leases),
+        staged_bytes=staged_bytes,
     )
 
 

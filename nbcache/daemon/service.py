@@ -27,7 +27,7 @@ from nbcache.daemon.report import describe_status
 from nbcache.daemon.slabs import Slabs
 from nbcache.daemon.store import Store
 from nbcache.daemon.tiers import Tiers
-from nbcache.errors import DriverError, NBCacheError, ProtocolError
+from nbcache.errors import DriverError, EntryNotFound, NBCacheError, ProtocolError
 from nbcache.manifest import Manifest, key_of
 from nbcache.memory.driver import Driver
 from nbcache.memory.shared import seal_bytes
@@ -100,6 +100,10 @@ class Service:
             self._slabs.abandon(connection)
         elif phase is Phase.HOLDING:
             self._leases.release(connection)
+
+    def _staged_bytes(self, key: str) -> int:
+        staging = self._host.staging_of(key)
+        return staging.staged_bytes if staging else 0
 
     def tell_progress(self, connection: Connection, now: float) -> None:
         """Say how far the staging is that this connection waits for, if it is time to."""
@@ -260,9 +264,15 @@ class Service:
         self._holdings.free(self._store.pin(pin.names, pin.pinned))
         self._port.reply(connection, m.Done())
 
-    def _query(self, connection: Connection, _query: m.Query, _: list[int]) -> None:
-        uptime_s = self._clock() - self._started_s
-        document = describe_status(self._store, self._port.connections, self._tiers.driver_in_use, uptime_s, self._clock())
+    def _query(self, connection: Connection, query: m.Query, _: list[int]) -> None:
+        if query.key:
+            if query.key not in self._store.entries:
+                raise EntryNotFound(f"{query.key}: not cached")
+            self._port.reply(connection, m.Document(), [self._tiers.manifest_fd(query.key)])
+            return
+        now_s = self._clock()
+        users, driver = self._port.connections, self._tiers.driver_in_use
+        document = describe_status(self._store, users, driver, now_s - self._started_s, now_s, self._staged_bytes)
         fd = seal_bytes("status", msgspec.json.encode(document))
         try:
             self._port.reply(connection, m.Document(), [fd])

@@ -30,6 +30,7 @@ def _findings(parts: tuple[str, ...]) -> Iterator[Finding]:
         wanted = _wanted_bytes(config)
         if "machine" in parts:
             yield machine.check_interpreter()
+            yield machine.check_settings()
             yield machine.check_system_calls()
             yield from machine.check_memory(config)
             yield from machine.check_overcommit(wanted)

@@ -19,6 +19,7 @@ from nbcache.config import NBCache, available_memory_bytes
 from nbcache.doctor.findings import Finding, broken, ok, warning
 from nbcache.errors import NBCacheError
 from nbcache.memory.shared import SharedBlock
+from nbcache.settings import in_force
 from nbcache.units import format_size
 
 ROOT = Path("/")
@@ -36,6 +37,15 @@ def check_interpreter() -> Finding:
     if sys.implementation.name != "cpython" or sys.version_info < (3, 11):
         return broken("interpreter", seen, "make an environment with CPython 3.11 or newer, and install nbcache there")
     return ok("interpreter", f"{seen}, {platform.system()} {platform.release()}")
+
+
+def check_settings() -> Finding:
+    """Configuration files and variables: options that exist, with values that can be."""
+    try:
+        changed = [setting.option for setting in in_force() if setting.source != "default"]
+    except NBCacheError as error:
+        return broken("settings", str(error), "mend it there; `nbcache config` shows what is in force")
+    return ok("settings", f"set: {', '.join(changed)}" if changed else "all as they come")
 
 
 def check_system_calls() -> Finding:

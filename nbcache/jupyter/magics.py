@@ -11,7 +11,7 @@ import keyword
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -20,12 +20,17 @@ from IPython.core.interactiveshell import ExecutionResult, InteractiveShell
 from IPython.core.magic import Magics, line_magic, magics_class, no_var_expand
 from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
 
+from nbcache import completion, settings
 from nbcache.client import api
 from nbcache.client.options import SHARE_MODES
-from nbcache.client.weights import Weights
+from nbcache.client.weights import Weights, alive
 from nbcache.config import NBCache
 from nbcache.errors import EntryInUse, NBCacheError
-from nbcache.jupyter.display import StatusView, idle_slab_bytes, model_summary, summary
+from nbcache.jupyter.completer import MagicCompleter
+from nbcache.jupyter.display import count_sharers, idle_slab_bytes, model_summary, short_name, summary
+from nbcache.jupyter.panels import StatusView
+from nbcache.jupyter.progress import Progress, find_screen
+from nbcache.jupyter.release import release
 from nbcache.models import api as models
 from nbcache.models import hooks
 from nbcache.units import format_size
@@ -33,13 +38,17 @@ from nbcache.units import format_size
 R = TypeVar("R")
 
 
-def _one_line_errors(magic: Callable[..., R]) -> Callable[..., R]:
+def _one_line_errors(magic: Callable[..., R]) -> Callable[..., R | None]:
     @wraps(magic)
-    def wrapped(self: Magics, line: str) -> R:
+    def wrapped(self: NBCacheMagics, line: str) -> R | None:
         try:
-            return magic(self, line)
+            if not line.rstrip().endswith(";"):
+                return magic(self, line)
+            with self.silent():
+                given = magic(self, line.rstrip().rstrip(";"))
+            return given if self.is_assigned() else None
         except NBCacheError as error:
-            raise UsageError(str(error)) from error
+            raise UsageError(f"{error}{completion.suggest(error)}") from error
 
     return wrapped
 
@@ -50,6 +59,8 @@ class NBCacheMagics(Magics):
 
     def __init__(self, shell: InteractiveShell) -> None:
         super().__init__(shell)
+        self._silent = False
+        self.completer = MagicCompleter(shell, {name: getattr(self, name) for name in self.magics["line"]})
         self.settings = NBCache(parent=shell)
         self.settings.observe(_export, self.settings.trait_names(config=True))
         self.settings.observe(lambda change: hooks.turn(change.new), "serve_from_pretrained")
@@ -91,17 +102,27 @@ class NBCacheMagics(Magics):
         start = time.perf_counter()
         name = _unquoted(args.name)
         where = {"revision": args.revision, "variant": args.variant, "subfolder": args.subfolder}
-        if args.component or args.config or models.is_model(name):
-            made = models.assemble_name(
-                name, args.device, args.dtype, args.share, components=args.component, raw=args.raw, config=args.config, **where
-            )
-            loaded = made.value
-        else:
-            loaded = api.load(name, args.device, args.dtype, args.share, **where)
-        if not isinstance(loaded, Weights):
-            print(model_summary(made, name))  # noqa: T201
-        elif args.variable:
-            print(summary(loaded, time.perf_counter() - start))  # noqa: T201
+        made = None
+        with self.progress(args.name) as progress:
+            if args.component or args.config or models.is_model(name):
+                made = models.assemble_name(
+                    name,
+                    args.device,
+                    args.dtype,
+                    args.share,
+                    components=args.component,
+                    raw=args.raw,
+                    config=args.config,
+                    on_progress=progress,
+                    **where,
+                )
+            else:
+                weights = api.load(name, args.device, args.dtype, args.share, on_progress=progress, **where)
+        loaded = made.value if made else weights
+        if made and not isinstance(loaded, Weights):
+            self.say(model_summary(made, name), progress)
+        elif progress.drawn or args.variable:
+            self.say(self.summarize(loaded, time.perf_counter() - start), progress)
         if not args.variable:
             return loaded
         self._shell.user_ns[args.variable] = loaded
@@ -125,15 +146,16 @@ class NBCacheMagics(Magics):
             raise UsageError("%save_weights NAME EXPR: a name, and what to keep under it")
         start = time.perf_counter()
         weights = api.put(_unquoted(name), self._shell.ev(expression.strip()))
-        print(summary(weights, time.perf_counter() - start, "saved"))  # noqa: T201
+        self.say(summary(weights, time.perf_counter() - start, "saved"))
 
     @_one_line_errors
     @magic_arguments()
     @argument(
         "action",
         nargs="?",
-        choices=("evict", "pin", "unpin", "free-gpu"),
-        help="What to do; without it, show what is cached. free-gpu drops what no kernel uses from the GPUs, all or NAME's.",
+        choices=("evict", "pin", "unpin", "release", "free-gpu"),
+        help="What to do; without it, show what is cached. release lets go of what this kernel holds of NAME; "
+        "free-gpu drops what no kernel uses from the GPUs, all or NAME's.",
     )
     @argument("name", nargs="?", metavar="NAME", help="The entry to do it to.")
     @line_magic
@@ -145,19 +167,23 @@ class NBCacheMagics(Magics):
             %weights
             %weights pin ~/models/minilm
             %weights evict embeddings
+            %weights release minilm
             %weights free-gpu
         """
         args = parse_argstring(self.weights, line)
         if not args.action:
-            return StatusView(api.status())
+            private = {weights.key: weights.private_bytes for weights in alive()}
+            return StatusView(api.status(), api.manifest, private)
         name = _unquoted(args.name or "")
         if args.action == "free-gpu":
             freed = api.free_gpu(name)
-            print(f"freed {format_size(freed.freed_bytes)} of GPU memory")  # noqa: T201
+            self.say(f"freed {format_size(freed.freed_bytes)} of GPU memory")
             return None
         if not name:
             raise UsageError(f"%weights {args.action} NAME: which entry?")
-        if args.action == "evict":
+        if args.action == "release":
+            self.say(release(self._shell, name))
+        elif args.action == "evict":
             _evict(name)
         elif args.action == "pin":
             api.pin(name)
@@ -194,6 +220,37 @@ class NBCacheMagics(Magics):
                 if idle:
                     print(f"nbcache: {format_size(idle)} of GPU memory hold weights that no kernel uses: %weights free-gpu")  # noqa: T201
 
+    def say(self, line: str, progress: Progress | None = None) -> None:
+        """Print, in place of a load's bar where there is one, and not if the line that was typed ends in a semicolon."""
+        if not (progress and progress.finish(line)) and not self._silent:
+            print(line)  # noqa: T201
+
+    @contextlib.contextmanager
+    def silent(self) -> Iterator[None]:
+        """Say nothing meanwhile."""
+        self._silent = True
+        try:
+            yield
+        finally:
+            self._silent = False
+
+    def is_assigned(self) -> bool:
+        """Whether the cell that runs ends with an assignment from a magic rather than with a magic alone."""
+        history: Any = self._shell.history_manager
+        lines = [line for line in history.input_hist_raw[-1].splitlines() if line.strip()]
+        return not (lines and lines[-1].lstrip().startswith("%"))
+
+    def progress(self, name: str) -> Progress:
+        """The bar of a load, where it may be drawn."""
+        return Progress(short_name(_unquoted(name)), None if self._silent else find_screen(sys.stdout, self._shell))
+
+    def summarize(self, weights: Weights, seconds: float) -> str:
+        """The line about a load, with who else uses the entry."""
+        sharers = 0
+        with contextlib.suppress(NBCacheError):
+            sharers = count_sharers(api.status(), weights.key, os.getpid())
+        return summary(weights, seconds, sharers=sharers)
+
     @property
     def _shell(self) -> InteractiveShell:
         assert self.shell is not None
@@ -228,7 +285,12 @@ def _unquoted(text: str) -> str:
 
 def register(shell: InteractiveShell) -> None:
     """Add the magics to a shell."""
+    try:
+        settings.adopt()
+    except NBCacheError as error:
+        raise UsageError(str(error)) from error
     magics = NBCacheMagics(shell)
+    magics.completer.install()
     shell.register_magics(magics)
     configurables: list[Any] = shell.configurables
     configurables.append(magics.settings)
@@ -243,6 +305,7 @@ def unregister(shell: InteractiveShell) -> None:
         return
     hooks.disable()
     shell.events.unregister("post_run_cell", registered.after_cell)
+    registered.completer.remove()
     shell.configurables.remove(registered)
     shell.configurables.remove(registered.settings)
     for magics in manager.magics.values():

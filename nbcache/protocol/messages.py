@@ -115,7 +115,9 @@ class Pin(Message, frozen=True, tag="pin"):
 
 
 class Query(Message, frozen=True, tag="query"):
-    """Client: the daemon's status. Answered by Document."""
+    """Client: the daemon's status; with a key, the manifest of that entry. Answered by Document. Counts as no use of it."""
+
+    key: str = ""
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
@@ -241,6 +243,8 @@ class EntryStatus(msgspec.Struct, frozen=True):
     last_used_s: float
     key: str
     used_by: tuple[Lease, ...]
+    staged_bytes: int = 0
+    """How much of the host copy is there, while ``host`` is ``staging``."""
 
 
 class HostStatus(msgspec.Struct, frozen=True):
@@ -256,6 +260,7 @@ class DeviceStatus(msgspec.Struct, frozen=True):
     uuid: str
     name: str
     slab_bytes: int
+    total_bytes: int = 0
 
 
 class Status(msgspec.Struct, frozen=True):

@@ -32,6 +32,7 @@ ENTRY_KEYS = {
     "last_used_s",
     "key",
     "used_by",
+    "staged_bytes",
 }
 SCRIPT = Path(sys.executable).with_name("nbcache")
 

@@ -52,7 +52,7 @@ def test_load_weights(checkpoint, tmp_path):
 
         line = kernel.run(f"%load_weights {checkpoint} --as v")
         assert line.startswith(f"{tmp_path.name}/model.safetensors: 4 tensors, 16.4 kB on cpu in ")
-        assert line.endswith(" ms (cached)")
+        assert line.endswith(" ms (cached, 0 B private)")
         assert kernel.run("v.hit") == "True"
 
         line = kernel.run(f"%load_weights {checkpoint} --device cpu --share private --dtype bfloat16 --as p")

@@ -41,6 +41,7 @@ class Outcome:
     stderr: str = ""
     results: list[str] = field(default_factory=list)
     displays: list[dict[str, Any]] = field(default_factory=list)
+    updates: list[dict[str, Any]] = field(default_factory=list)
     pages: list[str] = field(default_factory=list)
     error: str = ""
     traceback: str = ""
@@ -141,6 +142,13 @@ class Kernel:
         outcome.pages += [page["data"]["text/plain"] for page in content.get("payload", ()) if page["source"] == "page"]
         return outcome
 
+    def complete(self, code: str) -> list[str]:
+        """What the kernel offers at the end of this code, as texts that stand for the whole."""
+        assert self._client is not None
+        reply = self._runner.run(asyncio.wait_for(self._client.complete(code, reply=True, timeout=PATIENCE_S), PATIENCE_S))
+        content = reply["content"]
+        return [code[: content["cursor_start"]] + match for match in content["matches"]]
+
     def restart(self) -> None:
         """Restart as a front end does: the kernel is asked to end, and a new one starts. A killed one just starts anew."""
         self._runner.run(self._restart())
@@ -182,6 +190,8 @@ def _note(outcome: Outcome, message: dict[str, Any]) -> None:
         outcome.displays.append(content["data"])
     elif kind == "display_data":
         outcome.displays.append(content["data"])
+    elif kind == "update_display_data":
+        outcome.updates.append(content["data"])
     elif kind == "error":
         outcome.traceback = "\n".join(content["traceback"])
 

@@ -123,6 +123,19 @@ def test_mapping_what_is_no_memory_is_refused(bench):
         os.close(writing)
 
 
+def test_what_is_exported_can_be_taken_in_and_what_is_no_memory_cannot(bench, stack):
+    fd, _ = slab(bench, stack)
+    bench.driver.check_import(fd)
+    bench.driver.check_import(block(bench, stack, b""))
+    reading, writing = os.pipe()
+    try:
+        with pytest.raises(DriverError):
+            bench.driver.check_import(reading)
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
 def test_a_gpu_that_is_not_there_is_refused(bench):
     with pytest.raises(DriverError, match="GPU-nowhere"):
         bench.driver.free_bytes("GPU-nowhere")
