@@ -72,18 +72,21 @@ def status(as_json: AsJson = False) -> None:
 
 @app.command()
 def load(
-    name: Annotated[str, typer.Argument(help="A .safetensors file, a shard index, or a folder that holds either.")],
+    name: Annotated[str, typer.Argument(help="An alias, a .safetensors file, a shard index, a folder, or a hub id.")],
     pin: Annotated[bool, typer.Option("--pin", help="Keep it, however full the tier gets.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Read a checkpoint into the cache, so that the first notebook finds it there."""
     start = time.perf_counter()
-    entry, hit = api.stage(name, pinned=pin)
+    staged = api.stage_all(name, pinned=pin)
     seconds = time.perf_counter() - start
     if as_json:
-        _print(msgspec.structs.asdict(entry) | {"seconds": round(seconds, 6), "hit": hit})
-    else:
-        how = "was cached" if hit else f"read in {format_duration(seconds)} ({format_size(int(entry.bytes / seconds))}/s)"
+        found = [msgspec.structs.asdict(entry) | {"seconds": round(seconds, 6), "hit": hit} for entry, hit in staged]
+        _print(found[0] if len(found) == 1 else found)
+        return
+    rate = format_size(int(sum(entry.bytes for entry, hit in staged if not hit) / seconds))
+    for entry, hit in staged:
+        how = "was cached" if hit else f"read in {format_duration(seconds)} ({rate}/s)"
         _print(f"{short_name(entry.name)}: {entry.tensors} tensors, {format_size(entry.bytes)}, {how}")
 
 
