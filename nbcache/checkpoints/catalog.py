@@ -36,6 +36,8 @@ PREFERRED = ("model", "diffusion_pytorch_model", "pytorch_model")
 """Stems that a folder with several checkpoints is asked for first, as transformers and diffusers do."""
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+_VARIANT_INDEX = re.compile(r"\.safetensors\.index\.[\w-]+\.json$")
+"""Of a variant, such as fp16: named explicitly, never found by itself."""
 _HUB_BLOB = re.compile(r"^[0-9a-f]{64}$")
 
 
@@ -94,7 +96,7 @@ def is_unchanged(path: str, members: Sequence[Member]) -> bool:
 
 
 def _resolve_file(name: str, path: str) -> Checkpoint:
-    if path.endswith(INDEX_SUFFIX):
+    if path.endswith(INDEX_SUFFIX) or _VARIANT_INDEX.search(path):
         return _resolve_index(name, path)
     member = _member(path)
     if not path.endswith(SUFFIX):
