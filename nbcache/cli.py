@@ -77,7 +77,7 @@ def load(
     name: Annotated[
         str,
         typer.Argument(
-            help="A checkpoint (.safetensors, .pt, .bin, .gguf, .npz, ...), a shard index, or a folder that holds one.",
+            help="An alias, a checkpoint (.safetensors, .pt, .bin, .gguf, .npz, ...), a shard index, a folder, or a hub id.",
             autocompletion=completion.loadable,
         ),
     ],
@@ -87,13 +87,16 @@ def load(
     """Read a checkpoint into the cache, so that the first notebook finds it there."""
     start = time.perf_counter()
     with Progress(short_name(name), find_screen(sys.stderr)) as progress:
-        entry, hit = api.stage(name, pinned=pin, on_progress=progress)
+        staged = api.stage_all(name, pinned=pin, on_progress=progress)
     progress.finish("")
     seconds = time.perf_counter() - start
     if as_json:
-        _print(msgspec.structs.asdict(entry) | {"seconds": round(seconds, 6), "hit": hit})
-    else:
-        how = "was cached" if hit else f"read in {format_duration(seconds)} ({format_size(int(entry.bytes / seconds))}/s)"
+        found = [msgspec.structs.asdict(entry) | {"seconds": round(seconds, 6), "hit": hit} for entry, hit in staged]
+        _print(found[0] if len(found) == 1 else found)
+        return
+    rate = format_size(int(sum(entry.bytes for entry, hit in staged if not hit) / seconds))
+    for entry, hit in staged:
+        how = "was cached" if hit else f"read in {format_duration(seconds)} ({rate}/s)"
         _print(f"{short_name(entry.name)}: {entry.tensors} tensors, {format_size(entry.bytes)}, {how}")
 
 

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 
 import msgspec
 
@@ -65,7 +66,7 @@ def measure_models(
             cached.append(load)
             on_step(f"cached: {_parts(load)}")
     times = [run_fresh(partial(time_stock, folder)) for _ in range(min(runs, 2) if stock else 0)]
-    return ModelReport(folder, run_fresh(_torch_version), first, tuple(cached), tuple(times))
+    return ModelReport(folder, version("torch"), first, tuple(cached), tuple(times))
 
 
 def time_model(folder: str) -> ModelLoad:
@@ -114,12 +115,6 @@ def time_stock(folder: str) -> float:
     pipe.to(kernel.physical_device())
     kernel.synchronize()
     return time.perf_counter() - start
-
-
-def _torch_version() -> str:
-    import torch
-
-    return torch.__version__
 
 
 def _parts(load: ModelLoad) -> str:

@@ -35,6 +35,8 @@ MAX_INDEX_BYTES = 100 << 20
 PREFERRED = ("model", "diffusion_pytorch_model", "pytorch_model")
 """Stems that a folder with several checkpoints is asked for first, as transformers and diffusers do."""
 
+_VARIANT_INDEX = re.compile(r"\.safetensors\.index\.[\w-]+\.json$")
+"""Of a variant, such as fp16: named explicitly, never found by itself."""
 _HUB_BLOB = re.compile(r"^[0-9a-f]{64}$")
 
 
@@ -94,7 +96,7 @@ def is_unchanged(path: str, members: Sequence[Member]) -> bool:
 
 def _resolve_file(name: str, path: str) -> Checkpoint:
     kind = format_of(path)
-    if kind is not None and path.endswith(kind.index_suffixes):
+    if _VARIANT_INDEX.search(path) or (kind is not None and path.endswith(kind.index_suffixes)):
         return _resolve_index(name, path)
     member = _member(path)
     if kind is None:

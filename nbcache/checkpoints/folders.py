@@ -59,6 +59,11 @@ class PipelineIndex:
         own = os.path.join(self.folder, component)
         return own if os.path.isdir(own) else self.folder
 
+    def model_homes(self) -> list[str]:
+        """The folders of its components that have weights, those that are there, each once."""
+        homes = dict.fromkeys(os.path.join(self.folder, component.name) for component in self.components)
+        return [home for home in homes if kind_of(home) in (FolderKind.DIFFUSERS, FolderKind.TRANSFORMERS)]
+
 
 def kind_of(path: str) -> FolderKind:
     """What a path is, by the JSON in it; anything that is no folder is bare weights. CheckpointInvalid for broken JSON."""

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from nbcache.checkpoints.folders import CONFIG, PIPELINE_INDEX, STEMS, FolderKind, kind_of, read_json, read_pipeline
+from nbcache.checkpoints.folders import PIPELINE_INDEX, STEMS, FolderKind, kind_of, read_json, read_pipeline
 from nbcache.errors import (
     CheckpointError,
     CheckpointNotFound,
@@ -86,11 +86,7 @@ def is_complete(snapshot: str, subfolder: str = "", variant: str = "") -> bool:
         return _has_weights(folder, variant)
     index = read_pipeline(folder)
     homes = [os.path.join(folder, component.name) for component in index.components]
-    return all(os.path.isdir(home) and (not _wants_weights(home) or _has_weights(home, variant)) for home in homes)
-
-
-def _wants_weights(home: str) -> bool:
-    return os.path.exists(os.path.join(home, CONFIG)) and kind_of(home) in (FolderKind.DIFFUSERS, FolderKind.TRANSFORMERS)
+    return all(map(os.path.isdir, homes)) and all(_has_weights(home, variant) for home in index.model_homes())
 
 
 def _has_weights(folder: str, variant: str) -> bool:

@@ -79,9 +79,7 @@ def members_of(path: str) -> tuple[tuple[str, ...], ...]:
     """The names that entries made from a path may have: one tuple of spellings for each, several for a pipeline's folder."""
     if kind_of(path) is not FolderKind.PIPELINE:
         return (_spellings(path),)
-    index = read_pipeline(path)
-    homes = dict.fromkeys(index.home(component.name) for component in index.components)
-    return tuple(_spellings(home) for home in homes)
+    return tuple(_spellings(home) for home in read_pipeline(path).model_homes()) or (_spellings(path),)
 
 
 def _spellings(path: str) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from nbcache.checkpoints import names as catalogue
+from nbcache.checkpoints.folders import FolderKind, kind_of, read_pipeline
 from nbcache.client.fill import Grant, Wish, acquire, meaning_of, put_bytes, spellings
 from nbcache.client.options import Options, Share
 from nbcache.client.session import ProgressCallback, Session, expect
@@ -190,6 +191,15 @@ def _each(name: str | os.PathLike[str], act: Callable[[tuple[str, ...]], m.Evict
         sum(each.freed_bytes for each in done),
         tuple(name for each in done for name in each.kept),
     )
+
+
+def stage_all(name: str, pinned: bool = False, on_progress: ProgressCallback | None = None) -> list[tuple[m.EntryStatus, bool]]:
+    """As :func:`stage`, for each checkpoint that a name means: those of a pipeline's components, else one."""
+    text, meaning = meaning_of(name)
+    path = catalogue.find(text) if meaning.repo_id else meaning.path
+    if kind_of(path) is not FolderKind.PIPELINE:
+        return [stage(name, pinned, on_progress)]
+    return [stage(home, pinned, on_progress) for home in read_pipeline(path).model_homes()]
 
 
 def stage(name: str, pinned: bool = False, on_progress: ProgressCallback | None = None) -> tuple[m.EntryStatus, bool]:

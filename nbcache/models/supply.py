@@ -96,6 +96,8 @@ class Supply:
         self.clock = Clock()
         self.tally = Tally()
         self.named_device = edge.resolve_device(device)
+        if self.named_device.type == "cuda" and self.named_device.index is None:
+            self.named_device = torch.device("cuda", edge.current_ordinal())
         self.device = edge.real_device(self.named_device)
         self._dtypes = _resolve_dtypes(dtype)
         self._share = share

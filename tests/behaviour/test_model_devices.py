@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import accelerate
 import pytest
 import torch
 
 import nbcache
+from nbcache.models.api import assemble_name
 from tests.parity.harness import differences, library_noise, load_stock, portrait, run
 from tests.support.kernels import Interpreter
 from tests.support.models import SUBJECTS
@@ -144,3 +149,11 @@ def test_over_an_emulated_gpu(runtime_dir, folder, monkeypatch):
     slabs = [(slab.dtype, slab.state) for entry in nbcache.status().entries for slab in entry.devices]
     assert slabs.count(("", "resident")) == 4
     assert ("F16", "resident") in slabs
+
+
+def test_a_pipeline_is_staged_from_a_shell_and_then_hit(runtime_dir, folder):
+    command = [sys.executable, "-m", "nbcache", "load", str(folder), "--json"]
+    staged = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert sorted(Path(entry["name"]).name for entry in staged) == ["text_encoder", "text_encoder_2", "transformer", "vae"]
+    assert not any(entry["hit"] for entry in staged)
+    assert assemble_name(folder, device="cpu").tally.hit

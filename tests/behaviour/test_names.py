@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import nbcache
 from nbcache.checkpoints import aliases, names
 from nbcache.checkpoints import hub as hub_room
-from nbcache.errors import CheckpointNotFound, EntryNotFound, HubUnreachable, InvalidName, InvalidOption, UnsupportedFormat
+from nbcache.errors import (
+    CheckpointIncomplete,
+    CheckpointNotFound,
+    EntryNotFound,
+    HubUnreachable,
+    InvalidName,
+    InvalidOption,
+    UnsupportedFormat,
+)
 from tests.parity.harness import library_noise
 from tests.support.checkpoints import write_checkpoint
 from tests.support.hub import COMMIT, hub
@@ -186,8 +195,6 @@ def test_a_variant(cache, pipeline, tmp_path):
     folder = Path(shutil.copytree(pipeline, tmp_path / "flux"))
     plain = folder / "vae" / "diffusion_pytorch_model.safetensors"
     half = {name: tensor.half() for name, tensor in load_file(plain).items()}
-    from safetensors.torch import save_file
-
     save_file(half, folder / "vae" / "diffusion_pytorch_model.fp16.safetensors", metadata={"format": "pt"})
     pipe = nbcache.load_model(folder, device="cpu", variant="fp16")
     assert (pipe.vae.dtype, pipe.transformer.dtype) == (torch.float16, torch.bfloat16)
@@ -195,6 +202,21 @@ def test_a_variant(cache, pipeline, tmp_path):
     assert nbcache.load(folder / "vae", device="cpu", variant="fp16")["decoder.conv_in.bias"].dtype == torch.float16
     del pipe
     assert len(nbcache.evict(folder / "vae").names) == 1
+
+
+def test_a_variant_in_shards(runtime_dir, pipeline, tmp_path):
+    folder = Path(shutil.copytree(pipeline / "vae", tmp_path / "vae"))
+    whole = folder / "diffusion_pytorch_model.safetensors"
+    half = {name: tensor.half() for name, tensor in load_file(whole).items()}
+    shard = "diffusion_pytorch_model.fp16-00001-of-00001.safetensors"
+    save_file(half, folder / shard, metadata={"format": "pt"})
+    index = folder / "diffusion_pytorch_model.safetensors.index.fp16.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(half, shard)}))
+    assert nbcache.load_model(folder, device="cpu", variant="fp16").dtype == torch.float16
+    assert nbcache.load_model(folder, device="cpu").dtype == torch.bfloat16
+    (folder / shard).unlink()
+    with pytest.raises(CheckpointIncomplete, match=rf"shard {shard} is missing"):
+        nbcache.load_model(folder, device="cpu", variant="fp16")
 
 
 FETCH = """
@@ -210,8 +232,6 @@ def load(*arguments, **options):
 @pytest.fixture
 def online(tmp_path, monkeypatch, runtime_dir, pipeline):
     """An interpreter whose hub is on the loopback; and what it fetched."""
-    from safetensors.torch import save_file
-
     source = Path(shutil.copytree(pipeline, tmp_path / "source"))
     (source / "README.md").write_text("a card")
     save_file({"x": torch.zeros(8)}, source / "all-in-one.safetensors")

@@ -18,7 +18,9 @@ from nbcache.bench import disk, flux, kernel
 from nbcache.bench.gpu import GpuReport, measure_gpu
 from nbcache.bench.host import Attach, Stage, measure_attach, measure_stage, render_attach, render_stage
 from nbcache.bench.isolation import own_daemon, run_fresh
+from nbcache.bench.models import measure_models, render_models
 from nbcache.bench.peers import RIVALS, Peer, Rival, measure_peers
+from nbcache.bench.pipeline import CLIP, FULL_BYTES, T5, TRANSFORMER, VAE, shapes_of, write_pipeline
 from nbcache.bench.tables import render_gpu
 from nbcache.client.session import Session
 from nbcache.errors import BenchmarkFailed, CheckpointNotFound, InvalidOption
@@ -50,6 +52,32 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def shard_paths(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(map(str, folder.glob("*.safetensors"))))
+
+
+# A whole pipeline
+
+
+def test_models_are_measured_over_the_emulated_gpu(emulated, tmp_path):
+    write_pipeline(str(tmp_path / "flux"), small=True)
+    report = measure_models(str(tmp_path / "flux"), runs=1, stock=False)
+    assert report.first.hit is False
+    (cached,) = report.cached
+    assert cached.hit
+    assert (cached.tensors, cached.nbytes) == (report.first.tensors, report.first.nbytes)
+    assert cached.private_bytes == 0
+    assert report.stock_s == ()
+    assert "after a restart" in render_models(report)
+    assert "stock from_pretrained" in render_models(msgspec.structs.replace(report, stock_s=(1.0,)))
+
+
+def test_the_pipeline_has_the_published_counts():
+    counts = {"transformer": (TRANSFORMER, 1160, 11_901_408_320), "text_encoder_2": (T5, 219, 4_762_310_656)}
+    counts |= {"text_encoder": (CLIP, 196, 123_060_480), "vae": (VAE, 244, 83_819_683)}
+    for name, (config, tensors, elements) in counts.items():
+        shapes = shapes_of(config)
+        assert (len(shapes), sum(map(math.prod, shapes.values()))) == (tensors, elements), name
+    assert shapes_of(TRANSFORMER) == flux.flux_shapes()
+    assert sum(2 * elements for _, _, elements in counts.values()) < FULL_BYTES
 
 
 # FLUX by formula

@@ -85,6 +85,21 @@ def tied(model: torch.nn.Module) -> list[list[str]]:
     return sorted(names for names in groups.values() if len(names) > 1)
 
 
+def outside_the_cache(loaded: Any) -> list[str]:
+    """The parameters that do not lie in memory which the cache shares."""
+    with open("/proc/self/maps") as maps:
+        ranges = [line.split()[0].split("-") for line in maps if "memfd:nbcache" in line]
+    areas = [(int(start, 16), int(end, 16)) for start, end in ranges]
+    models = [loaded] if isinstance(loaded, torch.nn.Module) else loaded.components.values()
+    return [
+        name
+        for model in models
+        if isinstance(model, torch.nn.Module)
+        for name, parameter in model.named_parameters()
+        if not any(start <= parameter.data_ptr() < end for start, end in areas)
+    ]
+
+
 def differences(stock: Any, cached: Any, path: str = "") -> Iterator[str]:
     """What is not the same in two portraits, by path."""
     if isinstance(stock, dict) and isinstance(cached, dict):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import nbcache
-from tests.parity.harness import differences, library_noise, load_stock, portrait, run
+from tests.parity.harness import differences, library_noise, load_stock, outside_the_cache, portrait, run
 from tests.support.kernels import Interpreter
 from tests.support.models import SUBJECTS, Subject, minilm_folder, run_encoder
 
@@ -35,6 +35,10 @@ def folders(tmp_path_factory):
     return folder
 
 
+COPIED = {"bert-tied": ["cls.predictions.bias"]}
+"""What newer transformers copy, though nothing is cast: a tied bias of 64 numbers. All else lies in the cache's memory."""
+
+
 def stored_dtype(folder: Path) -> torch.dtype:
     from safetensors.torch import load_file
 
@@ -51,7 +55,7 @@ def test_a_cached_load_equals_a_stock_load(runtime_dir, folders, name, dtype):
         loaded = nbcache.load_model(folder, device="cpu", dtype=dtype)
         assert list(differences(expected, portrait(loaded))) == []
         assert run(subject, loaded) == output
-        assert dtype is not None or all(entry.leases for entry in nbcache.status().entries), "nothing is shared"
+        assert dtype is not None or outside_the_cache(loaded) in ([], COPIED.get(name))
         del loaded
         gc.collect()
 

@@ -1,0 +1,114 @@
+"""Models on a real GPU: as stock, in the slabs' own memory, and a FLUX.1 of full shape, in a first and in a restarted process.
+
+The last writes 33.7 GB to TMPDIR and wants 70 GB of GPU memory (stock and cached beside each other). Run as ``tests/gpu``.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from nbcache.bench.pipeline import temporary_pipeline
+from tests.parity.harness import library_noise
+from tests.support.gpu import require_gpu
+from tests.support.kernels import Interpreter
+from tests.support.models import SUBJECTS
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+KERNEL = """
+import gc, torch, warnings
+from pathlib import Path
+from nbcache.bench.pipeline import TRANSFORMER
+from nbcache.models.api import assemble_name
+from tests.parity.harness import describe, differences, library_noise, load_stock, portrait, run
+from tests.support.models import SUBJECTS
+
+def parameters(loaded):
+    models = [loaded] if isinstance(loaded, torch.nn.Module) else loaded.components.values()
+    return [p for model in models if isinstance(model, torch.nn.Module) for p in model.parameters()]
+
+def compared(name, folder, dtype):
+    with library_noise():
+        stock = load_stock(Path(folder), SUBJECTS[name], dtype).to("cuda")
+    made = assemble_name(folder, device="cuda")
+    found = list(differences(portrait(stock), portrait(made.value)))
+    if run(SUBJECTS[name], stock) != run(SUBJECTS[name], made.value):
+        found.append("output")
+    found += ["a parameter of its own"] * sum(not torch._C._is_cow_tensor(p.data) for p in parameters(made.value))
+    return found, made.tally.private_bytes
+
+def forward(transformer):
+    generator = torch.Generator("cuda").manual_seed(0)
+    def random(*shape):
+        return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+    with torch.inference_mode():
+        return describe(transformer(
+            hidden_states=random(1, 256, 64), encoder_hidden_states=random(1, 64, 4096), pooled_projections=random(1, 768),
+            timestep=torch.ones(1, device="cuda", dtype=torch.bfloat16), guidance=torch.ones(1, device="cuda"),
+            img_ids=torch.zeros(256, 3, device="cuda"), txt_ids=torch.zeros(64, 3, device="cuda"), return_dict=False,
+        )[0])
+
+def load(folder):
+    global pipe, tally
+    made = assemble_name(folder, device="cuda")
+    pipe, tally = made.value, made.tally
+    return made.what, tally.hit, tally.private_bytes
+
+def unlike(component, folder):
+    # what differs from stock, tensor by tensor, on the GPU; then the stock one goes
+    cls = type(getattr(pipe, component))
+    word = "dtype" if cls.__module__.startswith("transformers") else "torch_dtype"
+    with library_noise():
+        stock = cls.from_pretrained(f"{folder}/{component}", **{word: torch.bfloat16}).to("cuda")
+    mine, theirs = getattr(pipe, component).state_dict(), stock.state_dict()
+    found = [n for n in {**mine, **theirs} if n not in mine or n not in theirs or not torch.equal(mine[n], theirs[n])]
+    if component == "transformer" and forward(stock) != forward(pipe.transformer):
+        found.append("output")
+    del stock, theirs
+    gc.collect()
+    torch.cuda.empty_cache()
+    return found
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gpu():
+    require_gpu()
+
+
+@pytest.fixture
+def kernel(runtime_dir, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    with Interpreter() as kernel:
+        kernel.run(KERNEL)
+        yield kernel
+
+
+@pytest.mark.parametrize("name", ["flux", "sd", "bert", "llama", "gpt2", "t5"])
+def test_on_the_gpu_as_stock(kernel, tmp_path, name):
+    folder = tmp_path / name
+    with library_noise():
+        SUBJECTS[name].write(folder)
+    dtype = "torch.bfloat16" if name == "flux" else "torch.float32"
+    for _ in ("filled", "resident"):
+        assert kernel.run(f"compared({name!r}, {str(folder)!r}, {dtype})") == [[], 0]
+
+
+def test_flux_of_full_shape(kernel, monkeypatch):
+    """Every tensor and the transformer's output as stock; after a restart the same output from the same slabs."""
+    with temporary_pipeline() as folder:
+        assert kernel.run(f"load({folder!r})") == ["FluxPipeline", False, 0]
+        for component in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+            assert kernel.run(f"unlike({component!r}, {folder!r})") == [], component
+        output = kernel.run("forward(pipe.transformer)")
+        assert kernel.run("sum(not torch._C._is_cow_tensor(p.data) for p in pipe.transformer.parameters())") == 0
+        kernel.kill()
+        with Interpreter() as restarted:
+            restarted.run(KERNEL)
+            assert restarted.run(f"load({folder!r})") == ["FluxPipeline", True, 0]
+            assert restarted.run("forward(pipe.transformer)") == output
