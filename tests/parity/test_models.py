@@ -14,6 +14,8 @@ from tests.parity.harness import differences, library_noise, load_stock, outside
 from tests.support.kernels import Interpreter
 from tests.support.models import SUBJECTS, Subject, minilm_folder, run_encoder
 
+pytestmark = pytest.mark.timeout(300)  # a process that imports diffusers, on a busy machine
+
 CASES = [(name, None) for name in SUBJECTS] + [
     (name, torch.float16) for name in SUBJECTS if name not in ("sd", "sdxl", "llama-tied", "bert-tied", "clip-text")
 ]
