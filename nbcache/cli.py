@@ -158,6 +158,36 @@ def demo(
         raise typer.Exit(1)
 
 
+kernelspec = typer.Typer(help="The kernel whose restarts skip the imports, for Jupyter.", no_args_is_help=True)
+app.add_typer(kernelspec, name="kernelspec")
+
+
+@kernelspec.command("install")
+def kernelspec_install(
+    name: Annotated[str, typer.Option(help="What the kernelspec is called.")] = "nbcache",
+    display_name: Annotated[str, typer.Option(help="What people see; by default Python 3 (nbcache).")] = "",
+    sys_prefix: Annotated[bool, typer.Option("--sys-prefix", help="For servers of this environment alone.")] = False,
+    prefix: Annotated[str, typer.Option(help="For servers of the environment with this prefix.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Install the kernel of this interpreter, for the user's Jupyter servers of whichever environment."""
+    from nbcache.jupyter.kernelspec import install
+
+    folder = install(name, display_name, prefix or (sys.prefix if sys_prefix else None))
+    _print({"name": name, "folder": folder} if as_json else f"installed {name} in {folder}")
+
+
+@kernelspec.command("remove")
+def kernelspec_remove(
+    name: Annotated[str, typer.Option(help="What the kernelspec is called.")] = "nbcache", as_json: AsJson = False
+) -> None:
+    """Remove the kernel, and end the processes that wait to become one."""
+    from nbcache.jupyter.kernelspec import remove
+
+    folder = remove(name)
+    _print({"name": name, "folder": folder} if as_json else f"removed {name} from {folder}")
+
+
 bench = typer.Typer(help="Measure on this machine, beside a floor or a rival in the same run.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 

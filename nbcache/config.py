@@ -52,8 +52,9 @@ class NBCache(Configurable):
         Unicode(),
         default_value=None,
         allow_none=True,
-        help="Modules that the kernelspec's zygote imports ahead of kernels, beside torch and what kernels need themselves. None: "
-        "those that earlier kernels imported and that took long; an empty list: none. Environment: NBCACHE_PRELOAD, by commas.",
+        help="Modules that the kernelspec's zygote imports ahead of kernels, beside torch and what kernels need themselves. "
+        "None: those that earlier kernels imported and that took long; an empty list: none. Environment: NBCACHE_PRELOAD, with "
+        "commas.",
     ).tag(config=True)
 
     zygote_idle_s = Float(
@@ -65,8 +66,8 @@ class NBCache(Configurable):
     standby = Enum(
         ("", "cuda"),
         "",
-        help="cuda: the process that waits to become a kernel has a GPU context already, which takes about 0.5 GB of GPU memory. "
-        "Environment: NBCACHE_STANDBY.",
+        help="cuda: the process that waits to become a kernel has a GPU context already, which takes about 0.5 GB of GPU "
+        "memory. Environment: NBCACHE_STANDBY.",
     ).tag(config=True)
 
     @default("preload")

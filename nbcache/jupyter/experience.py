@@ -1,7 +1,7 @@
 """What kernels of an environment were seen to import, what of that is worth importing ahead of them, and what must not be.
 
-One JSON file for each interpreter, in the state directory. Kernels note candidates after cells that took long; a zygote measures
-them, keeps what takes over 200 ms, and notes what breaks a fork. Writers hold a lock and replace the file as a whole.
+One JSON file for each interpreter, in the state directory. Kernels note candidates after cells that took long; a zygote
+measures them, keeps what takes over 200 ms, and notes what breaks a fork. Writers hold a lock and replace the file as a whole.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def revise() -> Iterator[Experience]:
     """What is known, to be changed, for one writer at a time. OSError if it cannot be kept."""
     path = experience_path()
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "ab") as lock:
+    with path.with_suffix(".lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         known = recall()
         before = msgspec.json.encode(known)

@@ -66,7 +66,7 @@ class Birth:
         return request
 
     def watch(self) -> None:
-        """From now on, end this process's group if both the zygote and the launcher are gone. Either sees to it, while it lives."""
+        """From now on, end this process's group once zygote and launcher are gone. Either would see to it, while it lives."""
         threading.Thread(target=self._end_when_alone, name="nbcache-watch", daemon=True).start()
 
     def _end_when_alone(self) -> None:
@@ -123,6 +123,8 @@ def inherit(request: handover.Request) -> None:
         if resource.getrlimit(number) != limits:
             resource.setrlimit(number, limits)
     os.sched_setaffinity(0, request.affinity)
+    if os.getpriority(os.PRIO_PROCESS, 0) != request.nice:
+        os.setpriority(os.PRIO_PROCESS, 0, request.nice)
     for number in range(1, signal.NSIG):
         if number not in (signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGXFSZ):
             with contextlib.suppress(OSError, ValueError):  # those that the C library keeps for itself
@@ -137,21 +139,28 @@ def inherit(request: handover.Request) -> None:
 def begin_anew(request: handover.Request) -> None:
     """Set up what an interpreter and its libraries set up when they start."""
     sys.argv[:] = ["-m", *request.arguments]
-    sys.orig_argv[:] = [sys.executable, *handover.interpreter_flags("nbcache.jupyter.zygote"), "-m", "ipykernel_launcher", *request.arguments]
-    sys.path[0] = request.directory
+    sys.orig_argv[:] = [
+        sys.executable,
+        *handover.interpreter_flags("nbcache.jupyter.zygote"),
+        "-m",
+        "ipykernel_launcher",
+        *request.arguments,
+    ]
+    if not sys.flags.safe_path:
+        sys.path.insert(0, request.directory)
     open_streams(request.descriptors)
     tempfile.tempdir = None
     tempfile._name_sequence = None  # type: ignore[attr-defined]
     importlib.invalidate_caches()
     for name in ("multiprocessing", "multiprocess"):
         if (module := sys.modules.get(f"{name}.process")) is not None:
-            module.ORIGINAL_DIR = request.directory
+            module.__dict__["ORIGINAL_DIR"] = request.directory
             module.current_process().authkey = os.urandom(32)
     proof.reseed()
 
 
 def open_streams(numbers: list[int]) -> None:
-    """New ``sys.stdin``, ``stdout`` and ``stderr`` over the descriptors, of the old ones' encoding; None for those that are closed."""
+    """New ``sys.stdin``, ``stdout``, ``stderr`` over the descriptors, of the old ones' encoding; None for what is closed."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         old: TextIO | None = getattr(sys, f"__{name}__")
         stream = _open_stream(number, name, old) if number in numbers else None
@@ -162,7 +171,7 @@ def open_streams(numbers: list[int]) -> None:
 def _open_stream(number: int, name: str, old: TextIO | None) -> TextIO:
     """As CPython's ``create_stdio`` opens them (Python/pylifecycle.c)."""
     unbuffered = bool(getattr(old, "write_through", False))
-    binary: Any = open(number, "wb" if number else "rb", buffering=0 if unbuffered else -1, closefd=False)
+    binary: Any = open(number, "wb" if number else "rb", buffering=0 if unbuffered else -1, closefd=False)  # noqa: SIM115
     getattr(binary, "raw", binary).name = f"<{name}>"
     stream = io.TextIOWrapper(
         binary,
@@ -172,7 +181,7 @@ def _open_stream(number: int, name: str, old: TextIO | None) -> TextIO:
         line_buffering=not unbuffered and (number == 2 or os.isatty(number)),
         write_through=unbuffered,
     )
-    stream.mode = "w" if number else "r"  # type: ignore[attr-defined]
+    stream.__dict__["mode"] = "w" if number else "r"
     return stream
 
 
@@ -206,7 +215,7 @@ def run_kernel() -> int:
     except SystemExit as leaving:
         if leaving.code is None or isinstance(leaving.code, int):
             return (leaving.code or 0) & 0xFF
-        print(leaving.code, file=sys.__stderr__)  # noqa: T201 - as an interpreter does
+        print(leaving.code, file=sys.__stderr__)
         return 1
     except KeyboardInterrupt:
         traceback.print_exc(file=sys.__stderr__)
@@ -218,8 +227,10 @@ def run_kernel() -> int:
 
 
 def leave(status: int) -> NoReturn:
-    """End as an interpreter does, in its order, without tearing anything down: that costs half a second with a GPU context, and
-    the system does it anyway."""
+    """End as an interpreter does, in its order, but tear nothing down.
+
+    With a GPU context that would take half a second, and the system does it anyway.
+    """
     with contextlib.suppress(BaseException):
         threading._shutdown()  # type: ignore[attr-defined]
     with contextlib.suppress(BaseException):

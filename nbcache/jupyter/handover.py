@@ -30,10 +30,10 @@ OWN_FLAGS = ("-I", "-P", "-S")
 """What kernelspecs put before the launcher for its own sake; the kernel's interpreter does not get it."""
 
 READ_AT_IMPORT = (
-    "PYTHON", "LD_", "LC_", "LANG", "TORCH", "PYTORCH_", "HF_", "HUGGING", "TRANSFORMERS_", "DIFFUSERS_", "ACCELERATE_", "TOKENIZERS_",
-    "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "GOTO_", "BLIS_", "NUMEXPR_", "NUMBA_", "NPY_", "NUMPY_", "MPL", "CUDA_", "NVIDIA_",
-    "CUPY_", "NCCL_", "TRITON_", "XFORMERS_", "BNB_", "BITSANDBYTES_", "TF_", "JAX_", "XLA_", "USE_", "GLIBC_", "MALLOC_",
-    "XDG_CACHE", "XDG_CONFIG", "XDG_DATA", "CONDA_", "VIRTUAL_ENV",
+    "PYTHON", "LD_", "LC_", "LANG", "TORCH", "PYTORCH_", "HF_", "HUGGING", "TRANSFORMERS_", "DIFFUSERS_", "ACCELERATE_",
+    "TOKENIZERS_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "GOTO_", "BLIS_", "NUMEXPR_", "NUMBA_", "NPY_", "NUMPY_",
+    "MPL", "CUDA_", "NVIDIA_", "CUPY_", "NCCL_", "TRITON_", "XFORMERS_", "BNB_", "BITSANDBYTES_", "TF_", "JAX_", "XLA_", "USE_",
+    "GLIBC_", "MALLOC_", "XDG_CACHE", "XDG_CONFIG", "XDG_DATA", "CONDA_", "VIRTUAL_ENV",
 )  # fmt: skip
 """Beginnings of the names of variables that libraries read when they are imported."""
 READ_AT_IMPORT_TOO = ("HOME", "USER", "LOGNAME", "PATH", "TZ", "TZDIR", "TMPDIR", "DEBUGPY_LOG_DIR")
@@ -57,6 +57,7 @@ class Request(NamedTuple):
     umask: int
     limits: dict[int, tuple[int, int]]
     affinity: list[int]
+    nice: int
     ignored: list[int]
     """Signals that are ignored from the start, as ``nohup`` does."""
     blocked: list[int]
@@ -88,6 +89,7 @@ def describe(flags: list[str], arguments: list[str], descriptors: list[int], ign
         umask=mask,
         limits={number: resource.getrlimit(number) for number in _limits()},
         affinity=sorted(os.sched_getaffinity(0)),
+        nice=os.getpriority(os.PRIO_PROCESS, 0),
         ignored=ignored,
         blocked=_signals("SigBlk"),
         descriptors=descriptors,
@@ -135,7 +137,7 @@ def interpreter_flags(program: str) -> list[str]:
 
 
 def identity(flags: list[str]) -> bytes:
-    """All that a forked kernel could not change: interpreter, flags, variables read at import, credentials, namespaces.
+    """All that a forked kernel could not change: interpreter, flags, variables read at import, credentials, namespaces, group.
 
     A launcher and a zygote of the same identity fit each other.
     """
@@ -150,8 +152,6 @@ def identity(flags: list[str]) -> bytes:
             [os.readlink(f"/proc/self/ns/{kind}") for kind in ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")],
             os.stat("/").st_ino,
             _text_of("/proc/self/cgroup"),
-            os.getpriority(os.PRIO_PROCESS, 0),
-            [resource.getrlimit(number)[1] for number in _limits()],
         )
     ).encode()
 
@@ -211,7 +211,7 @@ def zygote_folder() -> str:
 
 
 def is_private(folder: str) -> bool:
-    """Whether a directory and the one it is in are this user's, and nobody else may write to them. OSError if it is not there."""
+    """Whether a directory and the one it is in are this user's, and nobody else may write to them. OSError without it."""
     for found in (os.lstat(folder), os.stat(os.path.dirname(folder))):
         if found.st_uid != os.getuid() or found.st_mode & 0o022 or found.st_mode & 0o170000 != 0o040000:
             return False

@@ -1,8 +1,8 @@
 """What is installed, and whether it still is what a zygote has imported.
 
 User code is never imported ahead of a kernel: :class:`InstalledOnly` keeps imports to the standard library and to folders of
-installed distributions. :class:`Snapshot` notices when a file that was imported, or a folder of distributions, has changed since;
-:func:`shadowed` when the notebook's folder has a module of its own under the name of an imported one.
+installed distributions. :class:`Snapshot` notices when a file that was imported, or a folder of distributions, has changed
+since; :func:`shadowed` when the notebook's folder has a module of its own under the name of an imported one.
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ class InstalledOnly:
         self._folders = tuple(folder.rstrip("/") + "/" for folder in folders)
         self.refused: list[str] = []
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         """The import system calls this. None for what is installed; ImportError for what is not."""
         if path is not None or name == OWN:
             return None
@@ -128,7 +126,7 @@ def top_level(names: Iterable[str]) -> set[str]:
 
 
 def shadowed(folders: Iterable[str], names: set[str]) -> str | None:
-    """The first module in these folders that has the name of an imported one, which an ordinary kernel would have found first."""
+    """The first module in these folders with the name of an imported one, which an ordinary kernel would have found first."""
     for folder in folders:
         for entry in _modules_in(folder):
             name = entry.partition(".")[0]

@@ -25,7 +25,8 @@ PROGRAM = "nbcache.jupyter.launcher" if __package__ else sys.argv[0]
 KERNEL = "ipykernel_launcher"
 ZYGOTE = "nbcache.jupyter.zygote"
 PASSED_ON = (
-    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGWINCH,
+    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM,
+    signal.SIGWINCH,
 )  # fmt: skip
 ANSWER_TIMEOUT_S = 3.0
 """For a zygote's first answer: a second is spent on what an ordinary kernel needs anyway."""
@@ -183,7 +184,7 @@ def become_ordinary(flags: list[str], arguments: list[str]) -> NoReturn:
 
 
 def start_zygote(place: handover.Place, flags: list[str]) -> None:
-    """Start a zygote for the next kernels, out of this process's tree and session. Errors of the system are no reason to fail."""
+    """Start a zygote for the next kernels, out of this process's tree and session, unless one is there or it is off."""
     if os.environ.get("NBCACHE_ZYGOTE_IDLE_S", "").strip() in ("0", "0.0"):
         return
     try:

@@ -25,6 +25,7 @@ from nbcache.client.weights import Weights
 from nbcache.config import NBCache
 from nbcache.errors import NBCacheError
 from nbcache.jupyter.display import StatusView, idle_slab_bytes, summary
+from nbcache.jupyter.learning import Learner
 from nbcache.units import format_size
 
 R = TypeVar("R")
@@ -49,6 +50,7 @@ class NBCacheMagics(Magics):
         super().__init__(shell)
         self.settings = NBCache(parent=shell)
         self.settings.observe(_export, self.settings.trait_names(config=True))
+        self.learner = Learner(self.settings)
 
     @_one_line_errors
     @magic_arguments()
@@ -155,7 +157,11 @@ class NBCacheMagics(Magics):
 
 def _export(change: Any) -> None:  # noqa: ANN401 - traitlets gives a bunch
     """A setting travels to the daemon, and to later sessions of this kernel, as its environment variable."""
-    os.environ[f"NBCACHE_{change.name.upper()}"] = str(change.new)
+    variable, value = f"NBCACHE_{change.name.upper()}", change.new
+    if value is None:
+        os.environ.pop(variable, None)
+    else:
+        os.environ[variable] = ",".join(value) if isinstance(value, list) else str(value)
 
 
 def _first_word(line: str) -> tuple[str, str]:
@@ -177,6 +183,8 @@ def register(shell: InteractiveShell) -> None:
     configurables: list[Any] = shell.configurables
     configurables.append(magics.settings)
     shell.events.register("post_run_cell", magics.after_cell)
+    shell.events.register("pre_run_cell", magics.learner.before_cell)
+    shell.events.register("post_run_cell", magics.learner.after_cell)
 
 
 def unregister(shell: InteractiveShell) -> None:
@@ -186,6 +194,8 @@ def unregister(shell: InteractiveShell) -> None:
     if registered is None:
         return
     shell.events.unregister("post_run_cell", registered.after_cell)
+    shell.events.unregister("pre_run_cell", registered.learner.before_cell)
+    shell.events.unregister("post_run_cell", registered.learner.after_cell)
     shell.configurables.remove(registered)
     shell.configurables.remove(registered.settings)
     for magics in manager.magics.values():

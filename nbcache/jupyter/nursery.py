@@ -52,7 +52,7 @@ class Nursery:
 
     Notes
     -----
-    ``prepare`` is done in each child that is to wait, if given; such a child is of no use to a kernel that is to see other GPUs.
+    ``prepare`` is done in each child that is to wait, if given; such a child is no use to a kernel that is to see other GPUs.
     ``tick`` is called every few seconds. The listener is this one's from now on.
     """
 
@@ -339,7 +339,7 @@ def _open_descriptors() -> set[int]:
 def _user_folders() -> list[str]:
     """Folders on the path that hold the user's own modules, an editable installation's say."""
     installed = set(installed_folders())
-    return [folder for folder in sys.path[1:] if folder and os.path.isdir(folder) and os.path.abspath(folder) not in installed]
+    return [folder for folder in sys.path if folder and os.path.isdir(folder) and os.path.abspath(folder) not in installed]
 
 
 def log(text: str) -> None:

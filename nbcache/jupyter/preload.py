@@ -141,6 +141,6 @@ def weigh(known: Experience, seconds: dict[str, float]) -> None:
 
 
 def settle() -> None:
-    """Collect what the imports left, and keep the collector off the rest: pages that it touches would be copied in each child."""
+    """Collect what the imports left, and keep the collector off the rest: each child would copy the pages it touches."""
     gc.collect()
     gc.freeze()

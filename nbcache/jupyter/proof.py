@@ -28,7 +28,7 @@ def fork() -> int:
 
 
 def probe() -> str:
-    """Have a forked child compute, on the CPU in parallel and on the GPU if there is one. Empty if all is well, or what is not."""
+    """Have a forked child compute, on the CPU and on a GPU if there is one; what is wrong with that, or nothing."""
     reading, writing = os.pipe()
     pid = fork()
     if not pid:

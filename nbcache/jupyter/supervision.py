@@ -55,7 +55,7 @@ class Child:
 
 
 def fork_child(forget: Forget, prepare: Callable[[], None] | None) -> Child:
-    """Fork a process that waits for a job. ``prepare`` is done in it first, if given. OSError if the system has no room for one."""
+    """Fork a process that waits for a job. ``prepare`` is done in it first, if given. OSError if the system refuses one."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         pid = proof.fork()

@@ -22,7 +22,7 @@ from nbcache.jupyter import handover, proof
 from nbcache.jupyter.experience import experience_path, recall, revise
 from nbcache.jupyter.installed import installed_folders
 from nbcache.jupyter.nursery import Nursery, log
-from nbcache.jupyter.preload import Broken, Preloaded, prepare_environment, preload, settle, wanted, weigh
+from nbcache.jupyter.preload import Broken, Preloaded, preload, prepare_environment, settle, wanted, weigh
 
 MODULE = "nbcache.jupyter.zygote"
 SUCCESSOR, CAREFUL = "successor", "careful"
@@ -169,6 +169,8 @@ def main() -> None:
     """Become a zygote. What goes wrong is noted, and kernels start the ordinary way."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.umask(0o077)
+    if not sys.flags.safe_path:
+        del sys.path[0]  # the directory this runs in; a kernel puts its own there
     upbringing = Upbringing(sys.argv[2:])
     if sys.argv[1:2] != [upbringing.place.key]:
         log("the environment is not the launcher's")
