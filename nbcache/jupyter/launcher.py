@@ -74,7 +74,11 @@ class StandIn:
             self._connection = connection
             connection.settimeout(ANSWER_TIMEOUT_S)
             handover.send_request(connection, request)
-            answer, _ = handover.receive(connection)
+            try:
+                answer, _ = handover.receive(connection)
+            except TimeoutError:
+                os.unlink(self.place.socket)  # it hangs: let it not be asked again, and leave when it can
+                raise
             if answer != handover.ACCEPTED:
                 raise Unavailable(answer.decode(errors="replace") or "the zygote is gone")
             connection.send(handover.GO)
