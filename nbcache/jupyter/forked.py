@@ -1,7 +1,7 @@
 """In a process that a zygote forked: waits to become a kernel, then is one, as if it had been started by itself.
 
 Everything that a kernel inherits from who starts it comes with the request: arguments, directory, environment, standard
-streams and other descriptors, umask, limits, affinity, ignored signals. What an interpreter sets up from that at its start is
+streams and other descriptors, umask, limits, niceness, ignored signals. What an interpreter sets up from that at its start is
 set up again. What stays different is in README.md: the parent process, the session, the hash seed, the layout of addresses.
 """
 
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TextIO
 
 from nbcache.jupyter import handover, proof
@@ -81,8 +81,11 @@ class Birth:
             self._job.send(packet[: handover.MAX_PACKET_BYTES])
 
 
-def live(job: socket.socket, prepare: Callable[[], None] | None) -> NoReturn:
-    """What a forked process does with its life. ``prepare`` is done before the request comes, if given."""
+def live(job: socket.socket, prepare: Callable[[], None] | None, variables: Mapping[str, str]) -> NoReturn:
+    """What a forked process does with its life. ``prepare`` is done before the request comes, if given.
+
+    ``variables`` are those that a kernel's own modules set in its environment when they are imported.
+    """
     birth = Birth(job)
     try:
         if prepare is not None:
@@ -90,6 +93,7 @@ def live(job: socket.socket, prepare: Callable[[], None] | None) -> NoReturn:
         request = birth.wait()
         inherit(request)
         begin_anew(request)
+        os.environ.update(variables)
         birth.watch()
         _adapt_kernel(lambda: birth.tell(handover.SERVING))
     except Exception as error:  # noqa: BLE001 - told to the zygote
@@ -122,7 +126,6 @@ def inherit(request: handover.Request) -> None:
     for number, limits in request.limits.items():
         if resource.getrlimit(number) != limits:
             resource.setrlimit(number, limits)
-    os.sched_setaffinity(0, request.affinity)
     if os.getpriority(os.PRIO_PROCESS, 0) != request.nice:
         os.setpriority(os.PRIO_PROCESS, 0, request.nice)
     for number in range(1, signal.NSIG):

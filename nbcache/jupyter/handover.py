@@ -56,7 +56,6 @@ class Request(NamedTuple):
     environment: dict[bytes, bytes]
     umask: int
     limits: dict[int, tuple[int, int]]
-    affinity: list[int]
     nice: int
     ignored: list[int]
     """Signals that are ignored from the start, as ``nohup`` does."""
@@ -88,7 +87,6 @@ def describe(flags: list[str], arguments: list[str], descriptors: list[int], ign
         environment=dict(os.environb),
         umask=mask,
         limits={number: resource.getrlimit(number) for number in _limits()},
-        affinity=sorted(os.sched_getaffinity(0)),
         nice=os.getpriority(os.PRIO_PROCESS, 0),
         ignored=ignored,
         blocked=_signals("SigBlk"),
@@ -137,7 +135,7 @@ def interpreter_flags(program: str) -> list[str]:
 
 
 def identity(flags: list[str]) -> bytes:
-    """All that a forked kernel could not change: interpreter, flags, variables read at import, credentials, namespaces, group.
+    """All that a forked kernel could not change: interpreter, flags, variables read at import, credentials, namespaces, CPUs.
 
     A launcher and a zygote of the same identity fit each other.
     """
@@ -152,6 +150,7 @@ def identity(flags: list[str]) -> bytes:
             [os.readlink(f"/proc/self/ns/{kind}") for kind in ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")],
             os.stat("/").st_ino,
             _text_of("/proc/self/cgroup"),
+            sorted(os.sched_getaffinity(0)),  # libgomp and torch count the processors when they are loaded
         )
     ).encode()
 

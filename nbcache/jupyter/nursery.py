@@ -246,7 +246,7 @@ class Nursery:
             self._spare = self._fork(self._prepare)
 
     def _fork(self, prepare: Callable[[], None] | None) -> Child:
-        child = fork_child(self._forget, prepare)
+        child = fork_child(self._forget, prepare, self._preloaded.variables)
         self._children[child.pid] = child
         self._selector.register(child.pidfd, selectors.EVENT_READ, lambda: self._bury(child))
         self._selector.register(child.job, selectors.EVENT_READ, lambda: self._hear_child(child))

@@ -50,6 +50,9 @@ class Preloaded:
     kernel: set[str] = field(default_factory=set)
     """Packages that an ordinary kernel has imported too by the time that a notebook can import anything."""
 
+    variables: dict[str, str] = field(default_factory=dict)
+    """What the kernel's own modules have set in the environment, as they do in an ordinary kernel."""
+
     def ahead(self) -> set[str]:
         """Packages that a kernel would find imported, though an ordinary one would still look for them."""
         return top_level(sys.modules) - self.kernel - set(sys.stdlib_module_names)
@@ -70,11 +73,12 @@ def preload(names: Sequence[str], after_each: Callable[[str], None] | None = Non
     """
     guard = InstalledOnly(installed_folders())
     sys.meta_path.insert(0, guard)
-    done = Preloaded()
+    done, before = Preloaded(), dict(os.environ)
     try:
         for name in KERNEL_MODULES:
             _import_kernel_module(name)
         done.kernel = top_level(sys.modules)
+        done.variables = {name: value for name, value in os.environ.items() if before.get(name) != value}
         for name in ("torch", *names):
             seconds = _import(name, guard)
             if seconds is not None:

@@ -6,7 +6,9 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import NoReturn
 
 from nbcache.jupyter import forked, proof
 
@@ -54,13 +56,13 @@ class Child:
         return status
 
 
-def fork_child(forget: Forget, prepare: Callable[[], None] | None) -> Child:
+def fork_child(forget: Forget, prepare: Callable[[], None] | None, variables: Mapping[str, str]) -> Child:
     """Fork a process that waits for a job. ``prepare`` is done in it first, if given. OSError if the system refuses one."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         pid = proof.fork()
         if not pid:
-            _live(ours, theirs, forget, prepare)
+            _live(ours, theirs, forget, partial(forked.live, theirs, prepare, variables))
         theirs.close()
         return Child(pid, ours)
     except BaseException:
@@ -69,13 +71,13 @@ def fork_child(forget: Forget, prepare: Callable[[], None] | None) -> Child:
         raise
 
 
-def _live(ours: socket.socket, theirs: socket.socket, forget: Forget, prepare: Callable[[], None] | None) -> None:
+def _live(ours: socket.socket, theirs: socket.socket, forget: Forget, live: Callable[[], NoReturn]) -> None:
     try:
         os.setsid()
         ours.close()
         forget(theirs.fileno())
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        forked.live(theirs, prepare)
+        live()
     finally:
         os._exit(forked.START_ERROR)
 

@@ -20,9 +20,9 @@ STARTING_S = 60.0
 
 
 def write_specs(folder: Path) -> Path:
-    """The two kernelspecs: ours, as ``nbcache kernelspec install`` writes it, and Python's own."""
+    """Ours, as ``nbcache kernelspec install`` writes it; an ordinary kernel with our magics; and Python's own."""
     stock = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    for name, argv in (("nbcache", argv_of_this_interpreter()), ("stock", stock)):
+    for name, argv in (("nbcache", argv_of_this_interpreter()), ("ordinary", [*stock, "--ext=nbcache"]), ("stock", stock)):
         (folder / name).mkdir(parents=True, exist_ok=True)
         document = {"argv": argv, "display_name": name, "language": "python", "metadata": {"debugger": True}}
         (folder / name / "kernel.json").write_text(json.dumps(document))
