@@ -244,6 +244,32 @@ def bench_gpu(
     _print(result if as_json else render_gpu(result))
 
 
+@bench.command("restart")
+def bench_restart(
+    checkpoint: Annotated[str, typer.Option(help="Your own: a file, an index or a folder. Default: the demo's MiniLM.")] = "",
+    flux: Annotated[bool, typer.Option("--flux", help="Write one of FLUX.1's shape (23.8 GB) to TMPDIR for it.")] = False,
+    device: Annotated[str, typer.Option(help="Where the first cell loads to.")] = "cpu",
+    imports: Annotated[
+        list[str] | None, typer.Option("--imports", help="What the first cell imports beside torch; several times for several.")
+    ] = None,
+    client: Annotated[str, typer.Option(help="manager: jupyter_client's; rest: a Jupyter server's.")] = "manager",
+    runs: Annotated[int, typer.Option(min=1, help="Restarts of each kernel with each first cell.")] = 10,
+    save: Annotated[Path | None, typer.Option(help="Also write the JSON document to this file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """From the request to restart to the first cell that has used the weights, a stock kernel beside ours."""
+    from nbcache.bench.flux import temporary_flux
+    from nbcache.bench.restart import CLIENTS, default_checkpoint, default_imports, measure_restart, render_restart
+
+    if client not in CLIENTS or (checkpoint and flux):
+        raise typer.BadParameter(f"--client is one of {', '.join(CLIENTS)}; --checkpoint or --flux, not both")
+    with temporary_flux() if flux else contextlib.nullcontext(checkpoint or default_checkpoint()) as path:
+        result = measure_restart(path, device, imports or default_imports(), client, runs, on_step=_print_step)
+    if save:
+        save.write_bytes(msgspec.json.format(msgspec.json.encode(result)))
+    _print(result if as_json else render_restart(result))
+
+
 def _print_step(text: str) -> None:
     print(text, file=sys.stderr, flush=True)  # noqa: T201
 

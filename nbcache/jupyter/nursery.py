@@ -300,14 +300,14 @@ class Nursery:
         self._start_waiting()
 
     def _report(self) -> bytes:
-        seconds = {name: round(took, 3) for name, took in list(self._preloaded.seconds.items())[:40]}
+        seconds = sorted(self._preloaded.seconds.items(), key=lambda item: -item[1])[:30]  # a packet has room for so many
         return ascii(
             {
                 "pid": os.getpid(),
                 "executable": sys.executable,
                 "kernels": len(self._kernels()),
                 "ready": self._spare is not None,
-                "preloaded": seconds,
+                "preloaded": {name: round(took, 3) for name, took in seconds},
                 "files": len(self._snapshot),
             }
         ).encode()

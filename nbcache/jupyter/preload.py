@@ -46,7 +46,7 @@ class Preloaded:
     """What a zygote has imported."""
 
     seconds: dict[str, float] = field(default_factory=dict)
-    """By module, in order; those that were asked for."""
+    """By module, in order; those that were asked for, and that no earlier one had imported."""
     kernel: set[str] = field(default_factory=set)
     """Packages that an ordinary kernel has imported too by the time that a notebook can import anything."""
 
@@ -80,7 +80,7 @@ def preload(names: Sequence[str], after_each: Callable[[str], None] | None = Non
         done.kernel = top_level(sys.modules)
         done.variables = {name: value for name, value in os.environ.items() if before.get(name) != value}
         for name in ("torch", *names):
-            seconds = _import(name, guard)
+            seconds = _import(name, guard) if name not in sys.modules else None
             if seconds is not None:
                 done.seconds[name] = seconds
                 if after_each is not None:
@@ -134,14 +134,15 @@ def wanted(chosen: Sequence[str] | None, known: Experience) -> list[str]:
     return [name for name in dict.fromkeys(names) if name not in known.broken]
 
 
-def weigh(known: Experience, seconds: dict[str, float]) -> None:
-    """Turn the candidates that were imported into what is learned and what is quick."""
+def weigh(known: Experience, names: Sequence[str], seconds: dict[str, float]) -> None:
+    """Turn the candidates among the names that were asked for into what is learned, and what is quick."""
+    asked, quick = set(names), set(known.quick)
     for name in known.candidates:
-        if name in seconds and seconds[name] >= SLOW_S:
+        if seconds.get(name, 0.0) >= SLOW_S:
             known.learned.setdefault(name, round(seconds[name], 3))
-        elif name not in known.quick and name not in known.learned:
+        elif name in asked and name not in quick:
             known.quick.append(name)
-    known.candidates = []
+    known.candidates = [name for name in known.candidates if name not in asked]
 
 
 def settle() -> None:

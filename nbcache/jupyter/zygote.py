@@ -43,7 +43,8 @@ class Upbringing:
         self._identity = handover.identity(self._flags)
         self._settings = NBCache()
         self._successor_pid = 0
-        self._experience_seen = _modified(str(experience_path()))
+        self._experience_seen = 0
+        self._names: list[str] = []
         self.place = handover.Place(self._identity)
 
     def run(self) -> None:
@@ -57,13 +58,13 @@ class Upbringing:
         if reason := proof.probe():
             self._begin_again(reason)
         with contextlib.suppress(OSError), revise() as known:
-            weigh(known, preloaded.seconds)
-        self._experience_seen = _modified(str(experience_path()))
+            weigh(known, self._names, preloaded.seconds)
         listener = _bind(self.place.socket)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.place.failure)
         os.close(lock)
-        log(f"ready: {', '.join(f'{name} {seconds:.2f} s' for name, seconds in preloaded.seconds.items())}")
+        slow = {name: seconds for name, seconds in preloaded.seconds.items() if seconds > 0.05}
+        log(f"ready: {', '.join(f'{name} {seconds:.2f} s' for name, seconds in slow.items())}")
         prepare = proof.start_gpu_context if self._settings.standby == "cuda" else None
         nursery = Nursery(
             self.place, listener, self._identity, preloaded, self._settings.zygote_idle_s, prepare, self._consider_successor
@@ -75,7 +76,7 @@ class Upbringing:
         with contextlib.suppress(OSError), revise() as known:
             if known.installed_at != newest:
                 known.installed_at, known.broken = newest, {}  # it may work now
-        names = wanted(self._settings.preload, recall())
+        self._names = names = wanted(self._settings.preload, recall())
         try:
             return preload(names, self._prove if CAREFUL in self._options else None)
         except Broken as error:
