@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import secrets
+import socket
 import subprocess
 import sys
 import uuid
@@ -22,6 +23,7 @@ from nbcache.errors import BenchmarkFailed
 
 START_TIMEOUT_S = 120.0
 CELL_TIMEOUT_S = 300.0
+POLL_S = 0.05
 EXPRESSIONS = {"answer": "globals().get('answer')"}
 
 
@@ -129,24 +131,24 @@ class RestClient:
         await self.run("answer = None")
 
     async def _start_server(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self._url = f"127.0.0.1:{port}"
         self._server = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "jupyter_server", "--no-browser", "--ServerApp.port=0", "--ServerApp.port_retries=0"),
-            *("--ServerApp.ip=127.0.0.1", f"--IdentityProvider.token={self._token}", "--allow-root"),
+            *(sys.executable, "-m", "jupyter_server", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1"),
+            *(f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={self._token}"),
             env=self._environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
         )
-        assert self._server.stderr is not None
-        last = b""
-        while line := await asyncio.wait_for(self._server.stderr.readline(), START_TIMEOUT_S):
-            last = line
-            _, found, rest = line.decode(errors="replace").partition("http://127.0.0.1:")
-            if found:
-                self._url = f"127.0.0.1:{rest.split('/')[0]}"
-                self._reader = asyncio.ensure_future(_read_away(self._server.stderr))
+        deadline = asyncio.get_running_loop().time() + START_TIMEOUT_S
+        while self._server.returncode is None and asyncio.get_running_loop().time() < deadline:
+            with contextlib.suppress(OSError):
+                await self.ask("GET", "status")
                 return
-        raise BenchmarkFailed(f"no Jupyter server (pip install jupyter_server): {last.decode(errors='replace').strip()}")
+            await asyncio.sleep(POLL_S)
+        raise BenchmarkFailed(f"no Jupyter server starts (pip install jupyter_server), status {self._server.returncode}")
 
     async def _connect(self) -> None:
         from tornado.websocket import websocket_connect
@@ -212,10 +214,3 @@ class RestClient:
         if self._server.returncode is None:
             self._server.kill()
             await self._server.wait()
-        self._reader.cancel()
-
-
-async def _read_away(stream: asyncio.StreamReader) -> None:
-    """Keep a pipe from filling up."""
-    while await stream.read(1 << 16):
-        pass

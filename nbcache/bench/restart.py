@@ -23,7 +23,7 @@ from nbcache.bench.clients import Client, ManagerClient, RestClient
 from nbcache.bench.isolation import own_daemon
 from nbcache.checkpoints.catalog import SUFFIX, resolve
 from nbcache.errors import BenchmarkFailed, CheckpointNotFound
-from nbcache.jupyter.experience import recall
+from nbcache.jupyter.experience import by_package, recall
 from nbcache.jupyter.kernelspec import argv_of_this_interpreter, end_zygotes, examine
 from nbcache.units import format_duration
 
@@ -213,7 +213,7 @@ class _Bench:
 
     def _has_learned(self) -> bool:
         known, zygotes = recall(), examine().zygotes
-        learned = {name for name in known.learned if name not in known.broken and name != "torch"}
+        learned = set(by_package(known.learned))
         return not known.candidates and any(each.ready and learned <= set(each.preloaded) for each in zygotes)
 
     async def _measure(self, line: str) -> Restarts:

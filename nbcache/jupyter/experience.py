@@ -11,7 +11,7 @@ import fcntl
 import os
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -36,6 +36,15 @@ class Experience(msgspec.Struct):
     """Modules that cannot be imported ahead of a fork, and why."""
     installed_at: int = 0
     """When something was last installed, as of then. In nanoseconds, of the newest folder's time."""
+
+
+def by_package(seconds: Mapping[str, float]) -> dict[str, float]:
+    """The seconds of modules, summed up by package; the slowest first."""
+    sums: dict[str, float] = {}
+    for name, took in seconds.items():
+        package = name.partition(".")[0]
+        sums[package] = sums.get(package, 0.0) + took
+    return {package: round(took, 3) for package, took in sorted(sums.items(), key=lambda item: -item[1])}
 
 
 def experience_path(executable: str | None = None) -> Path:

@@ -23,7 +23,7 @@ from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 
 from nbcache.errors import KernelSpecError
 from nbcache.jupyter import handover
-from nbcache.jupyter.experience import recall
+from nbcache.jupyter.experience import by_package, recall
 
 NAME = "nbcache"
 DISPLAY_NAME = "Python 3 (nbcache)"
@@ -52,7 +52,7 @@ class ZygoteState(msgspec.Struct, frozen=True):
     ready: bool
     """Whether a forked process waits."""
     preloaded: dict[str, float]
-    """Modules that were imported ahead, and how many seconds each took."""
+    """Packages that were imported ahead, and how many seconds each took."""
     files: int
     """How many files it compares with what it has imported."""
 
@@ -65,7 +65,7 @@ class KernelState(msgspec.Struct, frozen=True):
     failures: tuple[str, ...]
     """Why zygotes could not serve; kernels start the ordinary way then."""
     learned: dict[str, float]
-    """What the next zygote of this interpreter imports ahead, and the seconds that this saves."""
+    """Packages that the next zygote of this interpreter imports ahead, and the seconds that this saves."""
     broken: dict[str, str]
     """What it leaves out, and why."""
 
@@ -167,7 +167,7 @@ def examine() -> KernelState:
         failures=tuple(
             f"{path.stem}: {path.read_text(errors='replace').strip()}" for path in sorted(_zygote_folder().glob("*.failed"))
         ),
-        learned=known.learned,
+        learned=by_package(known.learned),
         broken=known.broken,
     )
 

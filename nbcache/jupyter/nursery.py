@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 
 from nbcache.jupyter import handover
+from nbcache.jupyter.experience import by_package
 from nbcache.jupyter.installed import Snapshot, installed_folders, shadowed
 from nbcache.jupyter.preload import Preloaded
 from nbcache.jupyter.supervision import Child, connection_file, fork_child
@@ -300,14 +301,14 @@ class Nursery:
         self._start_waiting()
 
     def _report(self) -> bytes:
-        seconds = sorted(self._preloaded.seconds.items(), key=lambda item: -item[1])[:30]  # a packet has room for so many
+        packages = list(by_package(self._preloaded.seconds).items())[:60]  # a packet has room for so many
         return ascii(
             {
                 "pid": os.getpid(),
                 "executable": sys.executable,
                 "kernels": len(self._kernels()),
                 "ready": self._spare is not None,
-                "preloaded": {name: round(took, 3) for name, took in seconds},
+                "preloaded": dict(packages),
                 "files": len(self._snapshot),
             }
         ).encode()

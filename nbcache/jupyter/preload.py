@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from nbcache.jupyter.experience import SLOW_S, Experience
+from nbcache.jupyter.experience import SLOW_S, Experience, by_package
 from nbcache.jupyter.installed import InstalledOnly, installed_folders, mapped_math_libraries, top_level
 
 KERNEL_MODULES = (
@@ -135,11 +135,15 @@ def wanted(chosen: Sequence[str] | None, known: Experience) -> list[str]:
 
 
 def weigh(known: Experience, names: Sequence[str], seconds: dict[str, float]) -> None:
-    """Turn the candidates among the names that were asked for into what is learned, and what is quick."""
+    """Turn the candidates among the names that were asked for into what is learned, and what is quick.
+
+    A package is slow as a whole: all its modules that had to be imported are kept, or none.
+    """
     asked, quick = set(names), set(known.quick)
+    packages = by_package({**known.learned, **seconds})
     for name in known.candidates:
-        if seconds.get(name, 0.0) >= SLOW_S:
-            known.learned.setdefault(name, round(seconds[name], 3))
+        if name in seconds and packages[name.partition(".")[0]] >= SLOW_S:
+            known.learned.setdefault(name, round(seconds[name], 4))
         elif name in asked and name not in quick:
             known.quick.append(name)
     known.candidates = [name for name in known.candidates if name not in asked]

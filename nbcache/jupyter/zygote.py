@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from nbcache.config import NBCache
 from nbcache.jupyter import handover, proof
-from nbcache.jupyter.experience import experience_path, recall, revise
+from nbcache.jupyter.experience import by_package, experience_path, recall, revise
 from nbcache.jupyter.installed import installed_folders
 from nbcache.jupyter.nursery import Nursery, log
 from nbcache.jupyter.preload import Broken, Preloaded, preload, prepare_environment, settle, wanted, weigh
@@ -63,8 +63,7 @@ class Upbringing:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.place.failure)
         os.close(lock)
-        slow = {name: seconds for name, seconds in preloaded.seconds.items() if seconds > 0.05}
-        log(f"ready: {', '.join(f'{name} {seconds:.2f} s' for name, seconds in slow.items())}")
+        log(f"ready: {', '.join(f'{name} {took:.2f} s' for name, took in by_package(preloaded.seconds).items())}")
         prepare = proof.start_gpu_context if self._settings.standby == "cuda" else None
         nursery = Nursery(
             self.place, listener, self._identity, preloaded, self._settings.zygote_idle_s, prepare, self._consider_successor
