@@ -70,6 +70,22 @@ INNER_RANKS: dict[str, dict[str, int]] = {
         "api": 8,
     },
     "memory": {"shared": 0, "driver": 0, "arena": 1},
+    "jupyter": {
+        "display": 0,
+        "handover": 0,
+        "installed": 0,
+        "experience": 0,
+        "launcher": 1,
+        "learning": 1,
+        "preload": 1,
+        "magics": 2,
+        "kernelspec": 2,
+        "proof": 2,
+        "forked": 3,
+        "supervision": 4,
+        "nursery": 5,
+        "zygote": 6,
+    },
 }
 """The same rule within a part: a module imports those of lower ranks alone."""
 
@@ -86,6 +102,7 @@ EDGES: dict[str, tuple[str, ...]] = {
     "torch": (
         *(f"client/{name}.py" for name in ("tensors", "slabs", "cow", "views", "device", "loading")),
         "models/",
+        "jupyter/proof.py",  # in a forked process, and only if torch was imported before the fork
         *OUTSIDE,
     ),
     "cuda": ("memory/driver.py",),
@@ -225,7 +242,7 @@ PLANTED = {
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    pass\nelse:\n    import torch.nn",
         "imports torch",
     ),
-    "jupyter/x.py": ("try:\n    import nbcache.cli\nexcept ImportError:\n    pass", "nbcache.cli"),
+    "jupyter/display.py": ("try:\n    import nbcache.cli\nexcept ImportError:\n    pass", "nbcache.cli"),
     "cli.py": ("def late():\n    import torch", "imports torch"),
     "newcomer.py": ("", "newcomer has no rank"),
     "daemon/newcomer.py": ("", "newcomer has no rank in daemon"),
@@ -246,7 +263,7 @@ PLANTED = {
     "client/slabs.py": ("class X:\n    import cupy", "imports cupy when it is imported"),
     "bench/gpu.py": ("def late():\n    from cuda.bindings import driver", "imports cuda"),
     "bench/x.py": ("import pynvml", "imports pynvml when it is imported"),
-    "jupyter/y.py": ("def late():\n    import pynvml", "imports pynvml"),
+    "jupyter/magics.py": ("def late():\n    import pynvml", "imports pynvml"),
     "client/loading.py": ("def late():\n    import cupy", "imports cupy"),
 }
 

@@ -13,7 +13,6 @@ answers ``accepted``, or ``refused WHY``; the launcher says ``go``; then come ``
 from __future__ import annotations
 
 import array
-import ast
 import os
 import resource
 import socket
@@ -70,6 +69,8 @@ class Request(NamedTuple):
     @classmethod
     def decode(cls, text: bytes) -> Request:
         """Back from :meth:`encode`. ValueError or SyntaxError for what is none."""
+        import ast  # a launcher has no use for it
+
         values = ast.literal_eval(text.decode("ascii"))
         if not isinstance(values, tuple) or len(values) != len(cls._fields):
             raise ValueError("not a request")

@@ -22,7 +22,7 @@ from nbcache.jupyter.installed import Snapshot, installed_folders, shadowed
 from nbcache.jupyter.preload import Preloaded
 from nbcache.jupyter.supervision import Child, connection_file, fork_child
 
-TICK_S = 5.0
+TICK_S = 2.0
 PACKET_TIMEOUT_S = 1.0
 
 

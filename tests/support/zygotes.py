@@ -43,13 +43,18 @@ def zygote_environment(folder: Path, **settings: str) -> Iterator[dict[str, str]
     try:
         yield chosen
     finally:
-        end_zygotes()
+        eventually(lambda: _all_ended(folder), timeout_s=60)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        eventually(lambda: not processes_of(folder), timeout_s=20)
+
+
+def _all_ended(folder: Path) -> bool:
+    """End the zygotes that listen; whether there are no others, which may have only begun."""
+    end_zygotes()
+    return not processes_of(folder)
 
 
 def processes_of(folder: Path) -> list[str]:
