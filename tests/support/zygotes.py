@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from nbcache.jupyter.kernelspec import ZygoteState, argv_of_this_interpreter, end_zygotes, examine
+from nbcache.jupyter.kernelspec import DISPLAY_NAME, NAME, ZygoteState, argv_of_this_interpreter, end_zygotes, examine
 from tests.support.kernels import Kernel
 from tests.support.waiting import eventually
 
@@ -22,9 +22,11 @@ STARTING_S = 60.0
 def write_specs(folder: Path) -> Path:
     """Ours, as ``nbcache kernelspec install`` writes it; an ordinary kernel with our magics; and Python's own."""
     stock = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    for name, argv in (("nbcache", argv_of_this_interpreter()), ("ordinary", [*stock, "--ext=nbcache"]), ("stock", stock)):
+    argvs = {"nbcache": argv_of_this_interpreter(), "ordinary": [*stock, "--ext=nbcache"], "stock": stock}
+    for name, argv in argvs.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
-        document = {"argv": argv, "display_name": name, "language": "python", "metadata": {"debugger": True}}
+        display_name = DISPLAY_NAME if name == NAME else name
+        document = {"argv": argv, "display_name": display_name, "language": "python", "metadata": {"debugger": True}}
         (folder / name / "kernel.json").write_text(json.dumps(document))
     return folder
 
