@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -81,6 +82,8 @@ def install(name: str = NAME, display_name: str = "", prefix: str | None = None)
     ``prefix`` is an environment's, such as ``sys.prefix``; without it, the user's own Jupyter folder. A kernelspec of that name
     is replaced if it is one of ours. KernelSpecError if it is another's, or the folder cannot be written.
     """
+    if not re.fullmatch(r"[A-Za-z0-9._-]*[A-Za-z0-9_-]", name):
+        raise KernelSpecError(f"{name!r}: letters, digits, '.', '-' and '_' make the name of a kernelspec")
     manager = KernelSpecManager()
     found = _spec_folder(manager, name)
     if found is not None and not is_ours(found):
@@ -93,8 +96,6 @@ def install(name: str = NAME, display_name: str = "", prefix: str | None = None)
             return str(manager.install_kernel_spec(folder, name, user=prefix is None, prefix=prefix))
         except OSError as error:
             raise KernelSpecError(f"cannot write a kernelspec to {error.filename}: {error.strerror}") from error
-        except ValueError as error:
-            raise KernelSpecError(f"{name!r}: letters, digits, '.', '-' and '_' make the name of a kernelspec") from error
 
 
 def remove(name: str = NAME) -> str:

@@ -69,6 +69,15 @@ class Lab:
     def screenshot(self, name: str) -> None:
         self.page.screenshot(path=str(artifacts() / f"{name}.png"))
 
+    def picture(self, name: str, first: int, last: int) -> None:
+        """Some of the cells alone, for the README."""
+        top, bottom = self.cell(first).bounding_box(), self.cell(last).bounding_box()
+        assert top is not None
+        assert bottom is not None
+        height = bottom["y"] + bottom["height"] - top["y"]
+        clip = {"x": top["x"], "y": top["y"], "width": top["width"], "height": height}
+        self.page.screenshot(path=str(artifacts() / f"{name}.png"), clip=clip)
+
 
 def prepare(folder: Path, specs: Path) -> dict[str, str]:
     """The notebooks without outputs, and an environment in which JupyterLab has our kernel and asks nothing."""
@@ -118,3 +127,4 @@ def test_the_quickstart_with_a_restart_from_the_menu(warm, specs, page, tmp_path
         expect(lab.cell(TABLE)).to_contain_text("[3]:", timeout=PATIENCE_MS)
         expect(lab.output(TABLE)).to_contain_text("quickstart_embedding", timeout=PATIENCE_MS)
         lab.screenshot("after-the-restart")
+        lab.picture("restart", TABLE, EMBEDDING_AGAIN)

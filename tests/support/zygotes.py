@@ -72,9 +72,9 @@ def processes_of(folder: Path) -> list[str]:
     return found
 
 
-def start_zygote(specs: Path) -> ZygoteState:
+def start_zygote(specs: Path, spec: str = "nbcache") -> ZygoteState:
     """Start an ordinary kernel, whose launcher starts a zygote, and wait until that is ready."""
-    with Kernel("nbcache", specs):
+    with Kernel(spec, specs):
         return zygote()
 
 
