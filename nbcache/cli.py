@@ -234,6 +234,36 @@ def demo(
         raise typer.Exit(1)
 
 
+kernelspec = typer.Typer(help="The kernel whose restarts skip the imports, for Jupyter.", no_args_is_help=True)
+app.add_typer(kernelspec, name="kernelspec")
+
+
+@kernelspec.command("install")
+def kernelspec_install(
+    name: Annotated[str, typer.Option(help="What the kernelspec is called.")] = "nbcache",
+    display_name: Annotated[str, typer.Option(help="What people see; by default Python 3 (nbcache).")] = "",
+    sys_prefix: Annotated[bool, typer.Option("--sys-prefix", help="For servers of this environment alone.")] = False,
+    prefix: Annotated[str, typer.Option(help="For servers of the environment with this prefix.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Install the kernel of this interpreter, for the user's Jupyter servers of whichever environment."""
+    from nbcache.jupyter.kernelspec import install
+
+    folder = install(name, display_name, prefix or (sys.prefix if sys_prefix else None))
+    _print({"name": name, "folder": folder} if as_json else f"installed {name} in {folder}")
+
+
+@kernelspec.command("remove")
+def kernelspec_remove(
+    name: Annotated[str, typer.Option(help="What the kernelspec is called.")] = "nbcache", as_json: AsJson = False
+) -> None:
+    """Remove the kernel, and end the processes that wait to become one."""
+    from nbcache.jupyter.kernelspec import remove
+
+    folder = remove(name)
+    _print({"name": name, "folder": folder} if as_json else f"removed {name} from {folder}")
+
+
 bench = typer.Typer(help="Measure on this machine, beside a floor or a rival in the same run.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
@@ -307,6 +337,32 @@ def bench_models(
     with contextlib.nullcontext(folder) if folder else temporary_pipeline(small) as path:
         result = measure_models(path, runs, stock, on_step=_print_step)
     _print(result if as_json else render_models(result))
+
+
+@bench.command("restart")
+def bench_restart(
+    checkpoint: Annotated[str, typer.Option(help="Your own: a file, an index or a folder. Default: the demo's MiniLM.")] = "",
+    flux: Annotated[bool, typer.Option("--flux", help="Write one of FLUX.1's shape (23.8 GB) to TMPDIR for it.")] = False,
+    device: Annotated[str, typer.Option(help="Where the first cell loads to.")] = "cpu",
+    imports: Annotated[
+        list[str] | None, typer.Option("--imports", help="What the first cell imports beside torch; several times for several.")
+    ] = None,
+    client: Annotated[str, typer.Option(help="manager: jupyter_client's; rest: a Jupyter server's.")] = "manager",
+    runs: Annotated[int, typer.Option(min=1, help="Restarts of each kernel with each first cell.")] = 10,
+    save: Annotated[Path | None, typer.Option(help="Also write the JSON document to this file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """From the request to restart to the first cell that has used the weights, a stock kernel beside ours."""
+    from nbcache.bench.flux import temporary_flux
+    from nbcache.bench.restart import CLIENTS, default_checkpoint, default_imports, measure_restart, render_restart
+
+    if client not in CLIENTS or (checkpoint and flux):
+        raise typer.BadParameter(f"--client is one of {', '.join(CLIENTS)}; --checkpoint or --flux, not both")
+    with temporary_flux() if flux else contextlib.nullcontext(checkpoint or default_checkpoint()) as path:
+        result = measure_restart(path, device, imports or default_imports(), client, runs, on_step=_print_step)
+    if save:
+        save.write_bytes(msgspec.json.format(msgspec.json.encode(result)))
+    _print(result if as_json else render_restart(result))
 
 
 def _print_step(text: str) -> None:

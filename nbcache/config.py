@@ -16,7 +16,7 @@ from typing import Any
 
 import platformdirs
 import psutil
-from traitlets import Bool, Float, TraitError, Unicode, default, validate
+from traitlets import Bool, Enum, Float, List, TraitError, Unicode, default, validate
 from traitlets.config import Config, Configurable
 
 from nbcache.errors import DaemonUnavailable, InvalidOption
@@ -54,6 +54,41 @@ class NBCache(Configurable):
     reply_timeout_s = Float(
         20.0, help="Seconds of silence after which the daemon counts as hung. Environment: NBCACHE_REPLY_TIMEOUT_S."
     ).tag(config=True)
+
+    preload = List(
+        Unicode(),
+        default_value=None,
+        allow_none=True,
+        help="Modules that the kernelspec's zygote imports ahead of kernels, beside torch and what kernels need themselves. "
+        "None: those that earlier kernels imported and that took long; an empty list: none. Environment: NBCACHE_PRELOAD, with "
+        "commas.",
+    ).tag(config=True)
+
+    zygote_idle_s = Float(
+        3600.0,
+        help="Seconds that a zygote stays without kernels; 0: there is none, and kernels start the ordinary way. "
+        "Environment: NBCACHE_ZYGOTE_IDLE_S.",
+    ).tag(config=True)
+
+    standby = Enum(
+        ("", "cuda"),
+        "",
+        help="cuda: the process that waits to become a kernel has a GPU context already, which takes about 0.5 GB of GPU "
+        "memory. Environment: NBCACHE_STANDBY.",
+    ).tag(config=True)
+
+    @default("preload")
+    def _default_preload(self) -> list[str] | None:
+        text = os.environ.get("NBCACHE_PRELOAD")
+        return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+    @default("zygote_idle_s")
+    def _default_zygote_idle_s(self) -> float:
+        return _float_from_environment("NBCACHE_ZYGOTE_IDLE_S", 3600.0)
+
+    @default("standby")
+    def _default_standby(self) -> str:
+        return os.environ.get("NBCACHE_STANDBY", "")
 
     @default("host_limit")
     def _default_host_limit(self) -> str:

@@ -30,6 +30,7 @@
     │   ├── DaemonUnresponsive       it kept silent for longer than the timeout
     │   └── VersionMismatch          it speaks another protocol
     ├── ProtocolError              a message that breaks the protocol
+    ├── KernelSpecError            a kernelspec that cannot be installed or removed
     ├── BenchmarkFailed            a measurement could not be made, or measured something else
     └── UnsupportedPlatform        not Linux
 
@@ -150,6 +151,10 @@ class VersionMismatch(DaemonError):
 
 class ProtocolError(NBCacheError):
     """A message that breaks the protocol. It costs the connection, never the daemon."""
+
+
+class KernelSpecError(NBCacheError):
+    """A kernelspec cannot be installed, or is not there to be removed, or is another kernel's."""
 
 
 class BenchmarkFailed(NBCacheError):

@@ -112,7 +112,8 @@ def adopt(environment: dict[str, str] | os._Environ[str] = os.environ) -> None:
     """Put what the files set into the environment, where that is silent. InvalidOption as :func:`read_files`."""
     check_environment(environment)
     for option, (value, _) in read_files().items():
-        environment.setdefault(variable_of(option), as_text(value))
+        if value is not None:
+            environment.setdefault(variable_of(option), as_text(value))
 
 
 def set_flag(flag: str, environment: dict[str, str] | os._Environ[str] = os.environ) -> str:

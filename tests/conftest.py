@@ -29,6 +29,7 @@ def runtime_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_leaks: None)
     """A runtime directory of the test's own, for it and for the processes it starts; its daemon is stopped at the end."""
     directory = tmp_path / "runtime"
     monkeypatch.setenv("NBCACHE_RUNTIME_DIR", str(directory))
+    monkeypatch.setenv("NBCACHE_ZYGOTE_IDLE_S", "0")  # none, unless the test is about them
     yield directory
     if os.environ.get("NBCACHE_RUNTIME_DIR") == str(directory):
         stop_daemon()

@@ -110,6 +110,26 @@ INNER_RANKS: dict[str, dict[str, int]] = {
         "assembly": 5,
         "api": 6,
     },
+    "jupyter": {
+        "display": 0,
+        "progress": 1,
+        "panels": 1,
+        "release": 1,
+        "completer": 1,
+        "handover": 0,
+        "installed": 0,
+        "experience": 0,
+        "launcher": 1,
+        "learning": 1,
+        "preload": 1,
+        "magics": 2,
+        "kernelspec": 2,
+        "proof": 2,
+        "forked": 3,
+        "supervision": 4,
+        "nursery": 5,
+        "zygote": 6,
+    },
 }
 """The same rule within a part: a module imports those of lower ranks alone."""
 
@@ -127,6 +147,7 @@ EDGES: dict[str, tuple[str, ...]] = {
         *(f"client/{name}.py" for name in ("tensors", "slabs", "cow", "views", "device", "loading", "quantized")),
         "models/",
         "doctor/probes.py",
+        "jupyter/proof.py",  # in a forked process, and only if torch was imported before the fork
         *OUTSIDE,
     ),
     "cuda": ("memory/driver.py", "memory/features.py"),
@@ -266,7 +287,7 @@ PLANTED = {
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    pass\nelse:\n    import torch.nn",
         "imports torch",
     ),
-    "jupyter/x.py": ("try:\n    import nbcache.cli\nexcept ImportError:\n    pass", "nbcache.cli"),
+    "jupyter/display.py": ("try:\n    import nbcache.cli\nexcept ImportError:\n    pass", "nbcache.cli"),
     "cli.py": ("def late():\n    import torch", "imports torch"),
     "newcomer.py": ("", "newcomer has no rank"),
     "daemon/newcomer.py": ("", "newcomer has no rank in daemon"),
@@ -287,7 +308,7 @@ PLANTED = {
     "client/slabs.py": ("class X:\n    import cupy", "imports cupy when it is imported"),
     "bench/gpu.py": ("def late():\n    from cuda.bindings import driver", "imports cuda"),
     "bench/x.py": ("import pynvml", "imports pynvml when it is imported"),
-    "jupyter/y.py": ("def late():\n    import pynvml", "imports pynvml"),
+    "jupyter/magics.py": ("def late():\n    import pynvml", "imports pynvml"),
     "client/loading.py": ("def late():\n    import cupy", "imports cupy"),
 }
 

@@ -28,6 +28,7 @@ from nbcache.config import NBCache
 from nbcache.errors import EntryInUse, NBCacheError
 from nbcache.jupyter.completer import MagicCompleter
 from nbcache.jupyter.display import count_sharers, idle_slab_bytes, model_summary, short_name, summary
+from nbcache.jupyter.learning import Learner
 from nbcache.jupyter.panels import StatusView
 from nbcache.jupyter.progress import Progress, find_screen
 from nbcache.jupyter.release import release
@@ -66,6 +67,7 @@ class NBCacheMagics(Magics):
         self.settings.observe(lambda change: hooks.turn(change.new), "serve_from_pretrained")
         if self.settings.serve_from_pretrained:
             hooks.enable()
+        self.learner = Learner(self.settings)
 
     @_one_line_errors
     @magic_arguments()
@@ -268,7 +270,10 @@ def _evict(name: str) -> None:
 
 def _export(change: Any) -> None:  # noqa: ANN401 - traitlets gives a bunch
     """A setting travels to the daemon, and to later sessions of this kernel, as its environment variable."""
-    os.environ[f"NBCACHE_{change.name.upper()}"] = str(change.new)
+    if change.new is None:
+        os.environ.pop(settings.variable_of(change.name), None)
+    else:
+        os.environ[settings.variable_of(change.name)] = settings.as_text(change.new)
 
 
 def _first_word(line: str) -> tuple[str, str]:
@@ -295,6 +300,8 @@ def register(shell: InteractiveShell) -> None:
     configurables: list[Any] = shell.configurables
     configurables.append(magics.settings)
     shell.events.register("post_run_cell", magics.after_cell)
+    shell.events.register("pre_run_cell", magics.learner.before_cell)
+    shell.events.register("post_run_cell", magics.learner.after_cell)
 
 
 def unregister(shell: InteractiveShell) -> None:
@@ -306,6 +313,8 @@ def unregister(shell: InteractiveShell) -> None:
     hooks.disable()
     shell.events.unregister("post_run_cell", registered.after_cell)
     registered.completer.remove()
+    shell.events.unregister("pre_run_cell", registered.learner.before_cell)
+    shell.events.unregister("post_run_cell", registered.learner.after_cell)
     shell.configurables.remove(registered)
     shell.configurables.remove(registered.settings)
     for magics in manager.magics.values():

@@ -1,0 +1,246 @@
+"""In a process that a zygote forked: waits to become a kernel, then is one, as if it had been started by itself.
+
+Everything that a kernel inherits from who starts it comes with the request: arguments, directory, environment, standard
+streams and other descriptors, umask, limits, niceness, ignored signals. What an interpreter sets up from that at its start is
+set up again. What stays different is in README.md: the parent process, the session, the hash seed, the layout of addresses.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import fcntl
+import importlib
+import io
+import os
+import resource
+import runpy
+import select
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, TextIO
+
+from nbcache.jupyter import handover, proof
+
+ABOVE = 200
+"""Descriptors that are in the way are moved to numbers from here on."""
+START_ERROR = 121
+"""Exit status of a process that did not get as far as to be a kernel. Nobody sees it: the launcher starts an ordinary one."""
+
+
+class Birth:
+    """From a forked process to a kernel.
+
+    Notes
+    -----
+    ``job`` is the connection to the zygote. The request comes on it, ``serving`` or ``failed`` goes back, and afterwards it
+    shows whether the zygote lives.
+    """
+
+    def __init__(self, job: socket.socket) -> None:
+        self._job = job
+        self._launcher = -1
+
+    def wait(self) -> handover.Request:
+        """Wait for a request, and take over its descriptors. Leaves if the zygote goes away."""
+        try:
+            packet, received = handover.receive(self._job)
+        except OSError:
+            os._exit(0)
+        if not packet:
+            os._exit(0)
+        memfd, self._launcher, *descriptors = received
+        request = handover.read_request(memfd)
+        os.close(memfd)
+        if len(descriptors) != len(request.descriptors):
+            raise ValueError(f"{len(descriptors)} descriptors, {len(request.descriptors)} were listed")
+        self._job = socket.socket(fileno=_move_up(self._job.detach()))
+        self._launcher = _move_up(self._launcher)
+        take_descriptors(descriptors, request.descriptors)
+        return request
+
+    def watch(self) -> None:
+        """From now on, end this process's group once zygote and launcher are gone. Either would see to it, while it lives."""
+        threading.Thread(target=self._end_when_alone, name="nbcache-watch", daemon=True).start()
+
+    def _end_when_alone(self) -> None:
+        with contextlib.suppress(OSError):
+            self._job.recv(1)
+        select.select([self._launcher], [], [])
+        os.killpg(0, signal.SIGKILL)
+
+    def tell(self, packet: bytes) -> None:
+        """Say something to the zygote, if it is still there."""
+        with contextlib.suppress(OSError):
+            self._job.send(packet[: handover.MAX_PACKET_BYTES])
+
+
+def live(job: socket.socket, prepare: Callable[[], None] | None, variables: Mapping[str, str]) -> NoReturn:
+    """What a forked process does with its life. ``prepare`` is done before the request comes, if given.
+
+    ``variables`` are those that a kernel's own modules set in its environment when they are imported.
+    """
+    birth = Birth(job)
+    try:
+        if prepare is not None:
+            prepare()
+        request = birth.wait()
+        inherit(request)
+        begin_anew(request)
+        os.environ.update(variables)
+        birth.watch()
+        _adapt_kernel(lambda: birth.tell(handover.SERVING))
+    except Exception as error:  # noqa: BLE001 - told to the zygote
+        birth.tell(handover.FAILED + f"{type(error).__name__}: {error}".encode(errors="replace"))
+        traceback.print_exc()
+        os._exit(START_ERROR)
+    leave(run_kernel())
+
+
+def _move_up(fd: int) -> int:
+    moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, ABOVE)
+    os.close(fd)
+    return moved
+
+
+def take_descriptors(received: list[int], numbers: list[int]) -> None:
+    """Give received descriptors the numbers they had, and close the standard streams that were not among them."""
+    received = [_move_up(fd) for fd in received]
+    for fd, number in zip(received, numbers, strict=True):
+        os.dup2(fd, number)
+        os.close(fd)
+    for number in {0, 1, 2} - set(numbers):
+        os.close(number)
+
+
+def inherit(request: handover.Request) -> None:
+    """Be what the launcher is, as far as the system is concerned. OSError where that is not allowed."""
+    os.umask(request.umask)
+    os.chdir(request.directory)
+    for number, limits in request.limits.items():
+        if resource.getrlimit(number) != limits:
+            resource.setrlimit(number, limits)
+    if os.getpriority(os.PRIO_PROCESS, 0) != request.nice:
+        os.setpriority(os.PRIO_PROCESS, 0, request.nice)
+    for number in range(1, signal.NSIG):
+        if number not in (signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGXFSZ):
+            with contextlib.suppress(OSError, ValueError):  # those that the C library keeps for itself
+                signal.signal(number, signal.SIG_IGN if number in request.ignored else signal.SIG_DFL)
+    if signal.SIGINT not in request.ignored:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, request.blocked)
+    os.environ.clear()
+    os.environb.update(request.environment)
+
+
+def begin_anew(request: handover.Request) -> None:
+    """Set up what an interpreter and its libraries set up when they start."""
+    sys.argv[:] = ["-m", *request.arguments]
+    sys.orig_argv[:] = [
+        sys.executable,
+        *handover.interpreter_flags("nbcache.jupyter.zygote"),
+        "-m",
+        "ipykernel_launcher",
+        *request.arguments,
+    ]
+    if not sys.flags.safe_path:
+        sys.path.insert(0, request.directory)
+    open_streams(request.descriptors)
+    tempfile.tempdir = None
+    tempfile._name_sequence = None  # type: ignore[attr-defined]
+    importlib.invalidate_caches()
+    for name in ("multiprocessing", "multiprocess"):
+        if (module := sys.modules.get(f"{name}.process")) is not None:
+            module.__dict__["ORIGINAL_DIR"] = request.directory
+            module.current_process().authkey = os.urandom(32)
+    proof.reseed()
+
+
+def open_streams(numbers: list[int]) -> None:
+    """New ``sys.stdin``, ``stdout``, ``stderr`` over the descriptors, of the old ones' encoding; None for what is closed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        old: TextIO | None = getattr(sys, f"__{name}__")
+        stream = _open_stream(number, name, old) if number in numbers else None
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
+def _open_stream(number: int, name: str, old: TextIO | None) -> TextIO:
+    """As CPython's ``create_stdio`` opens them (Python/pylifecycle.c)."""
+    unbuffered = bool(getattr(old, "write_through", False))
+    binary: Any = open(number, "wb" if number else "rb", buffering=0 if unbuffered else -1, closefd=False)  # noqa: SIM115
+    getattr(binary, "raw", binary).name = f"<{name}>"
+    stream = io.TextIOWrapper(
+        binary,
+        encoding=old.encoding if old is not None else None,
+        errors=old.errors if old is not None else None,
+        newline="\n",
+        line_buffering=not unbuffered and (number == 2 or os.isatty(number)),
+        write_through=unbuffered,
+    )
+    stream.__dict__["mode"] = "w" if number else "r"
+    return stream
+
+
+def _adapt_kernel(tell: Callable[[], None]) -> None:
+    """Have the kernel that starts next call ``tell`` once it has opened its ports, and not look after its parent.
+
+    Its parent is not who started it, and ipykernel would end it as soon as the zygote is gone. That it was started by Jupyter,
+    it still knows. The class is as it was once the kernel has started.
+    """
+    from ipykernel.kernelapp import IPKernelApp
+
+    init_poller, init_heartbeat = IPKernelApp.init_poller, IPKernelApp.init_heartbeat
+
+    def without_poller(self: IPKernelApp) -> None:
+        IPKernelApp.init_poller = init_poller  # type: ignore[method-assign]
+        self.parent_handle = int(os.environ.get("JPY_PARENT_PID") or 0)
+
+    def telling(self: IPKernelApp) -> None:
+        IPKernelApp.init_heartbeat = init_heartbeat  # type: ignore[method-assign]
+        init_heartbeat(self)
+        tell()
+
+    IPKernelApp.init_poller = without_poller  # type: ignore[method-assign]
+    IPKernelApp.init_heartbeat = telling  # type: ignore[method-assign]
+
+
+def run_kernel() -> int:
+    """Run ``ipykernel_launcher`` as the main program; its exit status."""
+    try:
+        runpy.run_module("ipykernel_launcher", run_name="__main__", alter_sys=True)
+    except SystemExit as leaving:
+        if leaving.code is None or isinstance(leaving.code, int):
+            return (leaving.code or 0) & 0xFF
+        print(leaving.code, file=sys.__stderr__)
+        return 1
+    except KeyboardInterrupt:
+        traceback.print_exc(file=sys.__stderr__)
+        return 130
+    except BaseException:  # noqa: BLE001 - as an interpreter does
+        traceback.print_exc(file=sys.__stderr__)
+        return 1
+    return 0
+
+
+def leave(status: int) -> NoReturn:
+    """End as an interpreter does, in its order, but tear nothing down.
+
+    With a GPU context that would take half a second, and the system does it anyway.
+    """
+    with contextlib.suppress(BaseException):
+        threading._shutdown()  # type: ignore[attr-defined]
+    with contextlib.suppress(BaseException):
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+        with contextlib.suppress(BaseException):
+            if stream is not None:
+                stream.flush()
+    ctypes.CDLL(None).fflush(None)  # what C libraries have printed
+    os._exit(status)

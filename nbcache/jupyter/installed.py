@@ -1,0 +1,157 @@
+"""What is installed, and whether it still is what a zygote has imported.
+
+User code is never imported ahead of a kernel: :class:`InstalledOnly` keeps imports to the standard library and to folders of
+installed distributions. :class:`Snapshot` notices when a file that was imported, or a folder of distributions, has changed
+since; :func:`shadowed` when the notebook's folder has a module of its own under the name of an imported one.
+"""
+
+from __future__ import annotations
+
+import os
+import site
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+OWN = "nbcache"
+"""Imported from wherever it is: whoever runs it has it installed, or works on it."""
+
+SUFFIXES = (".py", ".so", ".pyc")
+
+Stamp = tuple[int, int, int]
+
+
+class InstalledOnly:
+    """A finder, to be the first, that refuses top-level modules which are not installed.
+
+    Notes
+    -----
+    Many packages try an import and do without it, so a refusal may go unnoticed where it happened: ``refused`` keeps them.
+    """
+
+    def __init__(self, folders: Sequence[str]) -> None:
+        self._folders = tuple(folder.rstrip("/") + "/" for folder in folders)
+        self.refused: list[str] = []
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The import system calls this. None for what is installed; ImportError for what is not."""
+        if path is not None or name == OWN:
+            return None
+        for finder in sys.meta_path:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(name, path, target)
+            if spec is not None:
+                self._check(name, spec)
+                return spec
+        return None
+
+    def _check(self, name: str, spec: ModuleSpec) -> None:
+        places = [spec.origin] if spec.has_location and spec.origin else list(spec.submodule_search_locations or ())
+        for place in places:
+            if not os.path.abspath(place).startswith(self._folders):
+                self.refused.append(f"{name} ({place})")
+                raise ImportError(f"{name} is not installed, it lies in {place}", name=name)
+
+
+def installed_folders() -> list[str]:
+    """Folders whose modules are not the user's own: the standard library's, and those with installed distributions."""
+    paths = sysconfig.get_paths()
+    found = [paths[kind] for kind in ("stdlib", "platstdlib", "purelib", "platlib")]
+    found += [*site.getsitepackages(), site.getusersitepackages(), *filter(_holds_distributions, sys.path)]
+    found += [f"{sys.base_prefix}/lib/python{sys.version_info[0]}.{sys.version_info[1]}"]
+    return sorted({os.path.abspath(folder) for folder in found if os.path.isdir(folder)})
+
+
+def _holds_distributions(folder: str) -> bool:
+    try:
+        return any(name.endswith(".dist-info") for name in os.listdir(folder or "."))
+    except OSError:
+        return False
+
+
+def is_below(path: str, folders: Iterable[str]) -> bool:
+    """Whether a file lies in one of the folders."""
+    return path.startswith(tuple(folder.rstrip("/") + "/" for folder in folders))
+
+
+class Snapshot:
+    """The files that this process has imported and the folders they can come from, as they were."""
+
+    def __init__(self) -> None:
+        self._stamps = {path: _stamp(path) for path in self._watched()}
+
+    def _watched(self) -> set[str]:
+        files = {file for module in list(sys.modules.values()) if isinstance(file := getattr(module, "__file__", None), str)}
+        folders = {folder for folder in sys.path if folder and os.path.isdir(folder) and _holds_distributions(folder)}
+        pth = {f"{folder}/{name}" for folder in folders for name in os.listdir(folder) if name.endswith(".pth")}
+        venv = os.path.join(sys.prefix, "pyvenv.cfg")
+        return {*files, *_mapped_libraries(), *folders, *pth, venv, sys.executable}
+
+    def __len__(self) -> int:
+        return len(self._stamps)
+
+    def changed(self) -> str | None:
+        """The first path that is not as it was; None if all are."""
+        for path, stamp in self._stamps.items():
+            if _stamp(path) != stamp:
+                return path
+        return None
+
+
+def _stamp(path: str) -> Stamp | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def _mapped_libraries() -> set[str]:
+    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
+        names = (line.split(maxsplit=5)[5].rstrip("\n") for line in maps if line.count(" ") > 5 and "/" in line)
+        return {name for name in names if ".so" in name and not name.endswith("(deleted)")}
+
+
+def mapped_math_libraries() -> set[str]:
+    """Libraries in this process that start threads of their own when they are loaded, and mend them after a fork."""
+    return {name for name in _mapped_libraries() if "openblas" in os.path.basename(name)}
+
+
+def top_level(names: Iterable[str]) -> set[str]:
+    """The packages of these modules."""
+    return {name.partition(".")[0] for name in names}
+
+
+def shadowed(folders: Iterable[str], names: set[str]) -> str | None:
+    """The first module in these folders with the name of an imported one, which an ordinary kernel would have found first."""
+    for folder in folders:
+        for entry in _modules_in(folder):
+            name = entry.partition(".")[0]
+            if name in names and not _is_loaded_from(name, folder):
+                return os.path.join(folder, entry)
+    return None
+
+
+def _modules_in(folder: str) -> Iterator[str]:
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.endswith(SUFFIXES) or ("." not in entry.name and _is_package(entry)):
+                    yield entry.name
+    except OSError:
+        return
+
+
+def _is_package(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir() and os.path.exists(os.path.join(entry.path, "__init__.py"))
+    except OSError:
+        return False
+
+
+def _is_loaded_from(name: str, folder: str) -> bool:
+    file = getattr(sys.modules.get(name), "__file__", None)
+    return isinstance(file, str) and is_below(os.path.abspath(file), [os.path.abspath(folder)])

@@ -1,0 +1,187 @@
+"""``python -m nbcache.jupyter.zygote KEY [successor] [careful]``: how a zygote comes to be.
+
+One for each interpreter and environment, started by the first launcher that found none. It imports, has a forked child prove
+that forks of it work, binds its socket, and then is a :class:`~nbcache.jupyter.nursery.Nursery`. A module that breaks the proof
+is noted and left out: the process starts over without it. When kernels have been seen to import something new, it starts a
+successor, which takes its place once it is ready.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from typing import NoReturn
+
+from nbcache.config import NBCache
+from nbcache.jupyter import handover, proof
+from nbcache.jupyter.experience import by_package, experience_path, recall, revise
+from nbcache.jupyter.installed import installed_folders
+from nbcache.jupyter.nursery import Nursery, log
+from nbcache.jupyter.preload import Broken, Preloaded, preload, prepare_environment, settle, wanted, weigh
+
+MODULE = "nbcache.jupyter.zygote"
+SUCCESSOR, CAREFUL = "successor", "careful"
+
+
+class Upbringing:
+    """From a fresh interpreter to a zygote.
+
+    Notes
+    -----
+    Holds the lock of the place until it listens, so that one process at a time comes to be there.
+    """
+
+    def __init__(self, options: list[str]) -> None:
+        self._options = options
+        self._environment = dict(os.environ)  # as launchers have it: what follows changes our own
+        self._flags = handover.interpreter_flags(MODULE)
+        self._identity = handover.identity(self._flags)
+        self._settings = NBCache()
+        self._successor_pid = 0
+        self._experience_seen = 0
+        self._names: list[str] = []
+        self.place = handover.Place(self._identity)
+
+    def run(self) -> None:
+        """Come to be, and serve. Returns when there is nothing left to do."""
+        lock = _lock(self.place.lock)
+        if lock < 0 or (SUCCESSOR not in self._options and _is_answered(self.place.socket)):
+            return
+        prepare_environment()
+        preloaded = self._import()
+        settle()
+        if reason := proof.probe():
+            self._begin_again(reason)
+        with contextlib.suppress(OSError), revise() as known:
+            weigh(known, self._names, preloaded.seconds)
+        listener = _bind(self.place.socket)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.place.failure)
+        os.close(lock)
+        log(f"ready: {', '.join(f'{name} {took:.2f} s' for name, took in by_package(preloaded.seconds).items())}")
+        prepare = proof.start_gpu_context if self._settings.standby == "cuda" else None
+        nursery = Nursery(
+            self.place, listener, self._identity, preloaded, self._settings.zygote_idle_s, prepare, self._consider_successor
+        )
+        nursery.run()
+
+    def _import(self) -> Preloaded:
+        newest = max(_modified(folder) for folder in installed_folders())
+        with contextlib.suppress(OSError), revise() as known:
+            if known.installed_at != newest:
+                known.installed_at, known.broken = newest, {}  # it may work now
+        self._names = names = wanted(self._settings.preload, recall())
+        try:
+            return preload(names, self._prove if CAREFUL in self._options else None)
+        except Broken as error:
+            if error.name not in names:
+                raise
+            log(f"left out: {error}")
+            with revise() as known:
+                known.broken[error.name] = error.reason
+                known.learned.pop(error.name, None)
+                known.candidates = [name for name in known.candidates if name != error.name]
+            self._become(self._options)
+
+    def _prove(self, name: str) -> None:
+        if reason := proof.probe():
+            raise Broken(name, reason)
+
+    def _begin_again(self, reason: str) -> NoReturn:
+        """Something breaks forks: start over, and prove after each module. If that was done already, give up."""
+        if CAREFUL in self._options:
+            raise RuntimeError(reason)
+        log(f"forks do not work: {reason}; looking for the module that breaks them")
+        self._become([*self._options, CAREFUL])
+
+    def _become(self, options: list[str]) -> NoReturn:
+        os.execve(sys.executable, self._command(options), self._environment)  # noqa: S606 - this process, anew
+
+    def _command(self, options: list[str]) -> list[str]:
+        return [sys.executable, *self._flags, "-m", MODULE, self.place.key, *options]
+
+    def _consider_successor(self) -> None:
+        """Start a successor if kernels have imported something new since; once for each change."""
+        if self._successor_pid:
+            with contextlib.suppress(ChildProcessError):
+                if os.waitpid(self._successor_pid, os.WNOHANG) == (0, 0):
+                    return
+            self._successor_pid = 0
+        modified = _modified(str(experience_path()))
+        if modified == self._experience_seen or self._settings.preload is not None:
+            return
+        self._experience_seen = modified
+        if recall().candidates:
+            log("kernels have imported something new: starting a successor")
+            self._successor_pid = _spawn(self._command([SUCCESSOR]), self._environment)
+
+
+def _spawn(command: list[str], environment: Mapping[str, str]) -> int:
+    return os.posix_spawn(command[0], command, dict(environment), setsid=True)
+
+
+def _modified(path: str) -> int:
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _lock(path: str) -> int:
+    """Lock a file; -1 if another process has locked it."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return -1
+    return fd
+
+
+def _is_answered(path: str) -> bool:
+    connection = handover.connect(path)
+    if connection is None:
+        return False
+    connection.close()
+    return True
+
+
+def _bind(path: str) -> socket.socket:
+    """Listen at a path, in the place of whoever did so before."""
+    fresh = f"{path}.{os.getpid()}"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(fresh)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    with handover.Address(fresh) as address:
+        listener.bind(address)
+    os.chmod(fresh, 0o600)
+    listener.listen(64)
+    os.rename(fresh, path)
+    return listener
+
+
+def main() -> None:
+    """Become a zygote. What goes wrong is noted, and kernels start the ordinary way."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.umask(0o077)
+    if not sys.flags.safe_path:
+        del sys.path[0]  # the directory this runs in; a kernel puts its own there
+    upbringing = Upbringing(sys.argv[2:])
+    if sys.argv[1:2] != [upbringing.place.key]:
+        log("the environment is not the launcher's")
+        sys.exit(1)
+    try:
+        upbringing.run()
+    except Exception as error:
+        with open(upbringing.place.failure, "w", encoding="utf-8", errors="replace") as note:
+            note.write(f"{type(error).__name__}: {error}\n")
+        raise
+
+
+if __name__ == "__main__":
+    main()

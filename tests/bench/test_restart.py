@@ -1,0 +1,60 @@
+"""The restart benchmark at tiny size: that it runs, and that what it prints is complete. Not how fast.
+
+Its other client, over a Jupyter server, is what ``tests/restart/test_server.py`` drives.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import msgspec
+import pytest
+
+from nbcache.bench.clients import answer_of
+from nbcache.bench.restart import RestartReport, measure_restart, render_restart
+from nbcache.errors import BenchmarkFailed, CheckpointNotFound
+from tests.support.checkpoints import write_checkpoint
+
+
+def test_both_kernels_are_restarted_in_turns(tmp_path):
+    path = write_checkpoint(tmp_path / "model.safetensors")
+    steps: list[str] = []
+    report = measure_restart(str(path), "cpu", [""], "manager", 2, steps.append)
+    assert len(steps) == 3
+    (restarts,) = report.restarts
+    assert len(restarts.stock.runs_s) == len(restarts.ours.runs_s) == 2
+    assert restarts.forked == 2
+    assert 0 < restarts.ours_median_s <= restarts.ours_worst_s == max(restarts.ours.runs_s)
+    assert restarts.ratio == restarts.stock_median_s / restarts.ours_median_s
+    assert report.tensors == 4
+    assert report.preloaded["torch"] > 0
+    text = render_restart(report)
+    assert f"{restarts.ratio:.1f}x" in text
+    assert "2 of 2 forked" in text
+    assert msgspec.json.decode(msgspec.json.encode(report), type=RestartReport) == report
+
+
+def test_a_checkpoint_that_is_not_there(tmp_path):
+    with pytest.raises(CheckpointNotFound):
+        measure_restart(str(tmp_path / "none.safetensors"), "cpu", [""])
+
+
+def test_wrong_options_are_told():
+    command = [sys.executable, "-m", "nbcache", "bench", "restart", "--client", "pigeon"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "manager, rest" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"status": "error", "ename": "ValueError", "evalue": "no"}, "ValueError: no"),
+        ({"status": "ok", "user_expressions": {"answer": {"data": {"text/plain": "<object>"}}}}, "answered"),
+        ({"status": "ok", "user_expressions": {"answer": {"status": "error"}}}, "answered"),
+    ],
+)
+def test_a_cell_that_fails_is_no_measurement(content, said):
+    with pytest.raises(BenchmarkFailed, match=said):
+        answer_of(content)

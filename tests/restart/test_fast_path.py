@@ -1,0 +1,307 @@
+"""When a kernel is forked, and when it is not: whatever stands in the way of it, there is a kernel, and never an error."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nbcache.jupyter import handover
+from nbcache.jupyter.experience import Experience, recall, revise
+from nbcache.jupyter.installed import InstalledOnly, Snapshot, installed_folders, shadowed
+from nbcache.jupyter.kernelspec import end_zygotes, examine
+from nbcache.jupyter.preload import wanted, weigh
+from nbcache.jupyter.supervision import connection_file
+from tests.support.kernels import REPOSITORY, Kernel
+from tests.support.waiting import eventually
+from tests.support.zygotes import is_forked, processes_of, start_zygote, write_specs, zygote, zygote_environment
+
+SLEEP = "import time\ntime.sleep(0.3)\n"
+AT_IMPORT = ["PYTHONPATH", "LD_LIBRARY_PATH", "HF_HOME", "OMP_NUM_THREADS", "LC_ALL", "TZ", "CUDA_HOME", "PATH"]
+NOT_AT_IMPORT = ["CUDA_VISIBLE_DEVICES", "JPY_PARENT_PID", "JPY_SESSION_NAME", "OPENAI_API_KEY", "PWD"]
+
+
+@pytest.fixture
+def environment(tmp_path, monkeypatch):
+    """A zygote's surroundings of the test's own, and a folder of installed packages that the test fills."""
+    site = tmp_path / "site-packages"
+    (site / "made_up-1.0.dist-info").mkdir(parents=True)
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    with zygote_environment(tmp_path):
+        yield site
+
+
+@pytest.fixture
+def own_specs(tmp_path):
+    return write_specs(tmp_path / "specs")
+
+
+def installed(site: Path, name: str, source: str) -> None:
+    (site / f"{name}.py").write_text(source)
+
+
+def test_what_was_learned_is_imported_ahead_and_what_breaks_forks_is_left_out(environment, own_specs):
+    installed(environment, "slow_one", SLEEP)
+    installed(environment, "slow_two", SLEEP)
+    installed(environment, "quick_one", "value = 1")
+    installed(
+        environment,
+        "threads",
+        "import threading, time\ntime.sleep(0.3)\nthreading.Thread(target=time.sleep, args=(9,)).start()",
+    )
+    installed(environment, "computes", f"{SLEEP}import torch\n(torch.ones(1 << 22) + 1).sum()")
+    with Kernel("nbcache", own_specs) as kernel:
+        zygote()
+        kernel.run("import slow_one, quick_one, threads, computes")
+        assert set(recall().candidates) >= {"slow_one", "quick_one", "threads", "computes"}
+        eventually(lambda: not recall().candidates, 100)
+        known = recall()
+        assert set(known.learned) >= {"slow_one"}
+        assert {"quick_one"} <= set(known.quick)
+        assert "starts threads" in known.broken["threads"]
+        assert "computes" in known.broken
+        eventually(lambda: any("slow_one" in each.preloaded for each in examine().zygotes), 60)
+        state = examine()
+        assert state.learned["slow_one"] >= 0.2
+        assert not state.failures
+        kernel.restart()
+        assert is_forked(kernel)
+        assert (
+            kernel.run("import sys; [n in sys.modules for n in ('slow_one', 'threads', 'computes')]") == "[True, False, False]"
+        )
+        kernel.run("import threads, computes, torch")
+        assert kernel.run("float((torch.ones(1 << 22) + 1).sum())") == str(float(2 << 22))
+
+
+def test_an_empty_list_learns_nothing(environment, own_specs, monkeypatch):
+    monkeypatch.setenv("NBCACHE_PRELOAD", "")
+    installed(environment, "slow_one", SLEEP)
+    with Kernel("nbcache", own_specs) as kernel:
+        kernel.run("import slow_one")
+        assert recall().candidates == []
+        assert set(zygote().preloaded) == {"torch"}
+
+
+def test_a_changed_file_a_new_installation_and_a_shadow_mean_an_ordinary_kernel(environment, own_specs, monkeypatch, tmp_path):
+    monkeypatch.setenv("NBCACHE_PRELOAD", "slow_one")
+    installed(environment, "slow_one", "value = 1")
+    first = start_zygote(own_specs)
+    with Kernel("nbcache", own_specs) as kernel:
+        assert is_forked(kernel)
+        assert kernel.run("import slow_one; slow_one.value") == "1"
+        installed(environment, "slow_one", "value = 2  # longer")
+        kernel.restart()
+        assert not is_forked(kernel)
+        assert kernel.run("import slow_one; slow_one.value") == "2"
+        eventually(lambda: zygote().pid != first.pid)
+        installed(environment, "another", "")
+        kernel.restart()
+        assert not is_forked(kernel)
+        zygote()
+        kernel.restart()
+        assert is_forked(kernel)
+        assert kernel.run("import slow_one; slow_one.value") == "2"
+    notebooks = tmp_path / "notebooks"
+    notebooks.mkdir()
+    (notebooks / "slow_one.py").write_text("value = 'mine'")
+    with Kernel("nbcache", own_specs) as kernel:
+        kernel._runner.run(kernel._kernel.shutdown_kernel())
+        kernel._runner.run(kernel._kernel.start_kernel(env=kernel._environment, cwd=str(notebooks)))
+        kernel._runner.run(kernel._connect())
+        assert not is_forked(kernel)
+        assert kernel.run("import slow_one; slow_one.value") == "'mine'"
+
+
+def test_another_environment_has_another_zygote_and_other_gpus_have_not(environment, own_specs, monkeypatch):
+    monkeypatch.setenv("NBCACHE_PRELOAD", "")
+    start_zygote(own_specs)
+    with Kernel("nbcache", own_specs, OMP_NUM_THREADS="1") as kernel:
+        assert not is_forked(kernel)
+        assert kernel.run("import torch; torch.get_num_threads()") == "1"
+    with Kernel("nbcache", own_specs, CUDA_VISIBLE_DEVICES="3") as kernel:
+        assert is_forked(kernel)
+        assert kernel.run("import os; os.environ['CUDA_VISIBLE_DEVICES']") == "'3'"
+    eventually(lambda: len(examine().zygotes) == 2, 60)
+
+
+def test_a_zygote_that_cannot_serve_says_why_and_is_not_tried_again_at_once(environment, own_specs, monkeypatch):
+    monkeypatch.setenv("NBCACHE_PRELOAD", "")
+    (environment / "made_up-1.0.dist-info").rmdir()  # what lies here is not installed any more
+    installed(environment, "jedi", "raise SystemExit('user code was imported')")
+    with Kernel("nbcache", own_specs) as kernel:
+        assert not is_forked(kernel)
+        (failure,) = eventually(lambda: examine().failures, 60)
+        assert "what is not installed" in failure
+        assert str(environment / "jedi.py") in failure
+    with Kernel("nbcache", own_specs) as kernel:
+        assert not is_forked(kernel)
+    assert examine().zygotes == ()
+
+
+def test_it_can_be_switched_off(environment, own_specs, monkeypatch, tmp_path):
+    monkeypatch.setenv("NBCACHE_ZYGOTE_IDLE_S", "0")
+    with Kernel("nbcache", own_specs) as kernel:
+        kernel.restart()
+        assert not is_forked(kernel)
+    assert not processes_of(tmp_path)
+
+
+def test_a_zygote_leaves_when_idle_but_not_its_kernels(environment, own_specs, monkeypatch, tmp_path):
+    monkeypatch.setenv("NBCACHE_PRELOAD", "")
+    monkeypatch.setenv("NBCACHE_ZYGOTE_IDLE_S", "1")
+    start_zygote(own_specs)
+    with Kernel("nbcache", own_specs) as kernel:
+        assert is_forked(kernel)
+        assert end_zygotes() == 1
+        assert examine().zygotes == ()
+        assert kernel.run("6 * 7") == "42"
+        assert processes_of(tmp_path)
+    eventually(lambda: not processes_of(tmp_path), 20)
+    start_zygote(own_specs)
+    eventually(lambda: not processes_of(tmp_path), 30)
+
+
+def test_a_directory_that_others_may_write_to_is_not_trusted(environment, own_specs, monkeypatch):
+    monkeypatch.setenv("NBCACHE_PRELOAD", "")
+    start_zygote(own_specs)
+    os.chmod(handover.zygote_folder(), 0o777)
+    try:
+        with Kernel("nbcache", own_specs) as kernel:
+            assert not is_forked(kernel)
+    finally:
+        os.chmod(handover.zygote_folder(), 0o700)
+
+
+# The parts
+
+
+HEAVY = {
+    "pathlib",
+    "subprocess",
+    "json",
+    "logging",
+    "inspect",
+    "dataclasses",
+    "asyncio",
+    "hashlib",
+    "tempfile",
+    "threading",
+    "ast",
+}
+
+
+def test_a_launcher_imports_little():
+    code = "import sys\nbefore = set(sys.modules)\nimport nbcache.jupyter.launcher\nprint(*set(sys.modules) - before)"
+    run = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    imported = set(run.stdout.split())
+    assert "nbcache.jupyter.handover" in imported
+    assert {name.partition(".")[0] for name in imported} <= {"nbcache", *sys.stdlib_module_names}
+    assert not imported & HEAVY
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["-f", "/a/k.json"], "/a/k.json"),
+        (["-f", "k.json"], "/here/k.json"),
+        (["--f=/a/k.json", "--ext=nbcache"], "/a/k.json"),
+        (["-f=/a/k.json"], "/a/k.json"),
+        (["--IPKernelApp.connection_file=/a/../b/k.json"], "/b/k.json"),
+        (["--ext=nbcache"], ""),
+        (["-f"], ""),
+    ],
+)
+def test_connection_files_are_found(arguments, expected):
+    assert connection_file(arguments, "/here") == expected
+
+
+@pytest.mark.parametrize("text", [b"", b"1", b"()", b"(1, 2)", b"__import__('os')", b"\xff", b"(" * 1000])
+def test_what_is_no_request_is_refused(text):
+    with pytest.raises((ValueError, SyntaxError, MemoryError, RecursionError)):
+        handover.Request.decode(text)
+
+
+def test_a_request_survives_the_journey():
+    request = handover.describe(["-X", "dev"], ["-f", "ü\udc80"], [0, 1, 2], [1])
+    assert handover.Request.decode(request.encode()) == request
+    assert request.directory == os.getcwd()
+    assert request.environment == dict(os.environb)
+
+
+@pytest.mark.parametrize(
+    "name", ["PYTHONPATH", "LD_LIBRARY_PATH", "HF_HOME", "OMP_NUM_THREADS", "LC_ALL", "TZ", "CUDA_HOME", "PATH"]
+)
+def test_variables_that_are_read_at_import_are_part_of_the_identity(name, monkeypatch):
+    before = handover.identity([])
+    monkeypatch.setenv(name, "/other")
+    assert handover.identity([]) != before
+
+
+@pytest.mark.parametrize("name", NOT_AT_IMPORT)
+def test_others_are_not(name, monkeypatch):
+    before = handover.identity([])
+    monkeypatch.setenv(name, "/other")
+    assert handover.identity([]) == before
+
+
+def test_what_is_not_installed_is_not_imported(tmp_path, monkeypatch):
+    (tmp_path / "user_code_of_a_test.py").write_text("raise SystemExit")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    guard = InstalledOnly(installed_folders())
+    monkeypatch.setattr(sys, "meta_path", [guard, *sys.meta_path])
+    with pytest.raises(ImportError, match="not installed"):
+        __import__("user_code_of_a_test")
+    assert len(guard.refused) == 1
+    assert guard.find_spec("torch") is not None
+    assert guard.find_spec("no_such_module_anywhere") is None
+
+
+def test_a_shadow_is_seen(tmp_path):
+    for name in ("data.csv", "torch.txt", "numpy"):
+        (tmp_path / name).touch()
+    (tmp_path / "pandas").mkdir()
+    names = {"torch", "numpy", "pandas"}
+    assert shadowed([str(tmp_path), "/no/such/folder"], names) is None
+    (tmp_path / "pandas" / "__init__.py").touch()
+    assert shadowed([str(tmp_path)], names) == str(tmp_path / "pandas")
+    assert shadowed([str(tmp_path)], {"torch"}) is None
+    (tmp_path / "torch.py").touch()
+    assert shadowed([str(tmp_path)], {"torch"}) == str(tmp_path / "torch.py")
+
+
+def test_a_snapshot_sees_a_changed_file(tmp_path, monkeypatch):
+    module = tmp_path / "module_of_a_test.py"
+    module.write_text("value = 1")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    __import__("module_of_a_test")
+    try:
+        snapshot = Snapshot()
+        assert snapshot.changed() is None
+        module.write_text("value = 22")
+        assert snapshot.changed() == str(module)
+        assert Snapshot().changed() is None
+        module.unlink()
+        assert snapshot.changed() == str(module)
+    finally:
+        del sys.modules["module_of_a_test"]
+
+
+def test_slow_packages_are_kept_whole_and_quick_ones_are_not_asked_again():
+    known = Experience(candidates=["slow", "slow.part", "quick", "gone", "later"], broken={"bad": "why"})
+    assert wanted(None, known) == ["slow", "slow.part", "quick", "gone", "later"]
+    assert wanted(["a", "bad"], known) == ["a"]
+    weigh(known, ["slow", "slow.part", "quick", "gone"], {"slow": 0.15, "slow.part": 0.06, "quick": 0.1})
+    assert known.learned == {"slow": 0.15, "slow.part": 0.06}
+    assert known.quick == ["quick", "gone"]
+    assert known.candidates == ["later"]
+
+
+def test_experience_is_kept_and_survives_garbage(runtime_dir):
+    with revise() as known:
+        known.learned["torch"] = 2.0
+    assert recall().learned == {"torch": 2.0}
+    next(runtime_dir.glob("imports-*.json")).write_bytes(b"{nonsense")
+    assert recall() == Experience()

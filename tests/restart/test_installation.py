@@ -1,0 +1,112 @@
+"""``nbcache kernelspec install`` and ``remove``, as a user types them, and what is told of a kernelspec's state."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ipykernel.kernelspec import get_kernel_dict
+from jupyter_client.kernelspec import KernelSpecManager
+
+from nbcache.errors import KernelSpecError
+from nbcache.jupyter.kernelspec import DISPLAY_NAME, examine, install, remove
+from tests.support.kernels import REPOSITORY, Kernel
+from tests.support.waiting import eventually
+from tests.support.zygotes import is_forked, processes_of, start_zygote, zygote_environment
+
+
+@pytest.fixture
+def data_dir(runtime_dir, tmp_path, monkeypatch) -> Path:
+    """The user's Jupyter folder, for the test alone."""
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+def nbcache(*arguments: str, code: int = 0) -> str:
+    run = subprocess.run([sys.executable, "-m", "nbcache", *arguments], capture_output=True, text=True, cwd=REPOSITORY)
+    assert run.returncode == code, run.stderr
+    assert "Traceback" not in run.stderr
+    return run.stdout if not code else run.stderr
+
+
+def test_installed_used_and_removed(data_dir, tmp_path):
+    said = nbcache("kernelspec", "install", "--name", "mine", "--display-name", "Mine")
+    folder = data_dir / "kernels" / "mine"
+    assert said.strip() == f"installed mine in {folder}"
+    assert {path.name for path in folder.iterdir()} == {"kernel.json", "logo-32x32.png", "logo-64x64.png", "logo-svg.svg"}
+    document = json.loads((folder / "kernel.json").read_text())
+    assert document["argv"][0] == sys.executable
+    assert document["display_name"] == "Mine"
+    assert document["metadata"] == {**get_kernel_dict()["metadata"], "debugger": True}
+    assert document["metadata"]["supported_encryption"] == ["curve"]
+    state = next(spec for spec in examine().specs if spec.name == "mine")
+    assert (state.folder, state.problem) == (str(folder), "")
+    assert nbcache("kernelspec", "install", "--name", "mine").startswith("installed")  # again
+    with Kernel("mine", PATH="/usr/bin:/bin", VIRTUAL_ENV="/elsewhere") as kernel:  # a server of another environment
+        assert kernel.run("import sys; sys.executable") == repr(sys.executable)
+        assert kernel.try_run("%weights").error.startswith("UsageError: no daemon runs")
+    assert nbcache("kernelspec", "remove", "--name", "mine").strip() == f"removed mine from {folder}"
+    assert not folder.exists()
+    assert "no kernelspec is called mine" in nbcache("kernelspec", "remove", "--name", "mine", code=1)
+
+
+def test_the_default_name_and_a_prefix(data_dir, tmp_path):
+    document = json.loads(nbcache("kernelspec", "install", "--prefix", str(tmp_path / "env"), "--json"))
+    folder = tmp_path / "env" / "share" / "jupyter" / "kernels" / "nbcache"
+    assert document == {"name": "nbcache", "folder": str(folder)}
+    assert json.loads((folder / "kernel.json").read_text())["display_name"] == DISPLAY_NAME
+
+
+def test_another_kernels_name_is_left_alone(data_dir):
+    theirs = data_dir / "kernels" / "theirs"
+    theirs.mkdir(parents=True)
+    (theirs / "kernel.json").write_text('{"argv": ["sh"], "display_name": "T", "language": "sh"}')
+    with pytest.raises(KernelSpecError, match="another kernel's name"):
+        install("theirs")
+    with pytest.raises(KernelSpecError, match="another kernel's"):
+        remove("theirs")
+    assert KernelSpecManager().get_kernel_spec("theirs").argv == ["sh"]
+
+
+@pytest.mark.parametrize("name", ["with space", "sl/ash", ""])
+def test_names_that_cannot_be(data_dir, name):
+    with pytest.raises(KernelSpecError):
+        install(name)
+
+
+def test_a_folder_that_cannot_be_written(data_dir, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(KernelSpecError, match="cannot write"):
+        install(prefix=str(tmp_path / "file"))
+
+
+def test_an_interpreter_that_is_gone_is_told(data_dir):
+    folder = Path(install("mine"))
+    document = json.loads((folder / "kernel.json").read_text())
+    document["argv"][0] = "/gone/bin/python"
+    (folder / "kernel.json").write_text(json.dumps(document))
+    state = next(spec for spec in examine().specs if spec.name == "mine")
+    assert "no interpreter /gone/bin/python" in state.problem
+    shutil.rmtree(folder)
+
+
+def test_what_is_examined_is_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "data"))
+    with zygote_environment(tmp_path, NBCACHE_PRELOAD=""):
+        install("mine")
+        state = start_zygote(tmp_path / "data" / "kernels", "mine")
+        assert state.executable == sys.executable
+        assert state.kernels == 0
+        assert state.preloaded["torch"] > 0
+        assert state.files > 500
+        with Kernel("mine") as kernel:
+            assert is_forked(kernel)
+            assert examine().zygotes[0].kernels == 1
+        remove("mine")  # ends what waits, too
+        eventually(lambda: not processes_of(tmp_path))
+    assert os.environ.get("NBCACHE_PRELOAD") is None
