@@ -116,6 +116,11 @@ def adopt(environment: dict[str, str] | os._Environ[str] = os.environ) -> None:
             environment.setdefault(variable_of(option), as_text(value))
 
 
+def configured() -> NBCache:
+    """The options as :func:`adopt` would have them, without touching the environment. InvalidOption as :func:`read_files`."""
+    return NBCache(**{option: value for option, (value, _) in read_files().items() if variable_of(option) not in os.environ})
+
+
 def set_flag(flag: str, environment: dict[str, str] | os._Environ[str] = os.environ) -> str:
     """Take ``NBCache.host_limit=48G`` in; the option's name. InvalidOption for an option that does not exist, or no value."""
     name, equals, value = flag.removeprefix(f"{SECTION}.").partition("=")

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping
 from typing import NoReturn
 
-from nbcache.config import NBCache
+from nbcache import settings
 from nbcache.jupyter import handover, proof
 from nbcache.jupyter.experience import by_package, experience_path, recall, revise
 from nbcache.jupyter.installed import installed_folders
@@ -41,7 +41,7 @@ class Upbringing:
         self._environment = dict(os.environ)  # as launchers have it: what follows changes our own
         self._flags = handover.interpreter_flags(MODULE)
         self._identity = handover.identity(self._flags)
-        self._settings = NBCache()
+        self._settings = settings.configured()
         self._successor_pid = 0
         self._experience_seen = 0
         self._names: list[str] = []
