@@ -127,8 +127,9 @@ INNER_RANKS: dict[str, dict[str, int]] = {
         "proof": 2,
         "forked": 3,
         "supervision": 4,
-        "nursery": 5,
-        "zygote": 6,
+        "visitor": 5,
+        "nursery": 6,
+        "zygote": 7,
     },
 }
 """The same rule within a part: a module imports those of lower ranks alone."""

@@ -33,6 +33,8 @@ ANSWER_TIMEOUT_S = 3.0
 SERVING_TIMEOUT_S = 30.0
 """For a kernel that was forked to open its ports."""
 SETTLING_TIMEOUT_S = 5.0
+MOST_ZYGOTES = 4
+"""Each has a copy of torch; an environment that is different in every run must not fill the memory."""
 FAILURE_REST_S = 600.0
 """How long no new zygote is tried after one that could not serve."""
 
@@ -195,12 +197,28 @@ def start_zygote(place: handover.Place, flags: list[str]) -> None:
         os.makedirs(place.folder, mode=0o700, exist_ok=True)
         if not handover.is_private(place.folder) or time.time() - _modified(place.failure) < FAILURE_REST_S:
             return
+        if _zygotes_in(place.folder) >= MOST_ZYGOTES:
+            return
         pid = os.fork()
         if not pid:
             _become_zygote(place, flags)
         os.waitpid(pid, 0)
     except OSError:
         return
+
+
+def _zygotes_in(folder: str) -> int:
+    """How many zygotes listen. Sockets of those that were killed are removed."""
+    count = 0
+    for name in os.listdir(folder):
+        if name.endswith(".sock"):
+            connection = handover.connect(f"{folder}/{name}")
+            if connection is None:
+                os.unlink(f"{folder}/{name}")
+            else:
+                connection.close()
+                count += 1
+    return count
 
 
 def _modified(path: str) -> float:

@@ -21,31 +21,9 @@ from nbcache.jupyter.experience import by_package
 from nbcache.jupyter.installed import Snapshot, installed_folders, shadowed
 from nbcache.jupyter.preload import Preloaded
 from nbcache.jupyter.supervision import Child, connection_file, fork_child
+from nbcache.jupyter.visitor import Visitor
 
 TICK_S = 2.0
-PACKET_TIMEOUT_S = 1.0
-
-
-class Visitor:
-    """A launcher: what it asked for, and later the kernel that it stands in for. Owns its connection and what came with it."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
-        self.request: handover.Request | None = None
-        self.received: list[int] = []
-        self.kernel: Child | None = None
-        self.waiting = False
-        """It said go, and waits for the end of another kernel of its connection file."""
-
-    def say(self, packet: bytes, descriptors: tuple[int, ...] = ()) -> None:
-        """Tell the launcher something, if it is still there."""
-        with contextlib.suppress(OSError):
-            socket.send_fds(self.connection, [packet[: handover.MAX_PACKET_BYTES]], descriptors)
-
-    def drop_received(self) -> None:
-        """Close what came with the request."""
-        while self.received:
-            os.close(self.received.pop())
 
 
 class Nursery:
@@ -144,7 +122,6 @@ class Nursery:
     def _welcome(self) -> None:
         assert self._listener is not None
         connection, _ = self._listener.accept()
-        connection.settimeout(PACKET_TIMEOUT_S)
         visitor = Visitor(connection)
         self._visitors.add(visitor)
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._hear(visitor))
@@ -179,7 +156,7 @@ class Nursery:
             reason = self._objection(request)
             if not reason:
                 visitor.request = request
-                received.insert(1, os.pidfd_open(_peer(visitor.connection)))
+                received.insert(1, os.pidfd_open(visitor.peer()))
         except Exception as error:  # noqa: BLE001 - whatever it was, the launcher is told and starts an ordinary kernel
             reason = f"{type(error).__name__}: {error}"
         visitor.say(handover.REFUSED + reason.encode(errors="replace") if reason else handover.ACCEPTED)
@@ -312,14 +289,6 @@ class Nursery:
                 "files": len(self._snapshot),
             }
         ).encode()
-
-
-def _peer(connection: socket.socket) -> int:
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    pid, uid = (int.from_bytes(credentials[at : at + 4], sys.byteorder) for at in (0, 4))
-    if uid != os.getuid():
-        raise PermissionError(f"user {uid} is another one")
-    return pid
 
 
 def _gpus_differ(request: handover.Request) -> bool:

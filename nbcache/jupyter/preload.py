@@ -77,10 +77,11 @@ def preload(names: Sequence[str], after_each: Callable[[str], None] | None = Non
     try:
         for name in KERNEL_MODULES:
             _import_kernel_module(name)
+        libraries = mapped_math_libraries()
         done.kernel = top_level(sys.modules)
         done.variables = {name: value for name, value in os.environ.items() if before.get(name) != value}
         for name in ("torch", *names):
-            seconds = _import(name, guard) if name not in sys.modules else None
+            seconds = _import(name, guard, libraries) if name not in sys.modules else None
             if seconds is not None:
                 done.seconds[name] = seconds
                 if after_each is not None:
@@ -102,9 +103,12 @@ def _import_kernel_module(name: str) -> None:
             raise
 
 
-def _import(name: str, guard: InstalledOnly) -> float | None:
-    """Import a module; the seconds it took, None if it cannot be imported. Broken if the process is unfit for forks then."""
-    threads, libraries = _thread_count(), mapped_math_libraries()
+def _import(name: str, guard: InstalledOnly, libraries: set[str]) -> float | None:
+    """Import a module; the seconds it took, None if it cannot be imported. Broken if the process is unfit for forks then.
+
+    ``libraries`` are the math libraries that were loaded before.
+    """
+    threads = _thread_count()
     start = time.perf_counter()
     try:
         importlib.import_module(name)
@@ -117,11 +121,19 @@ def _import(name: str, guard: InstalledOnly) -> float | None:
         raise Broken(name, f"imports what is not installed: {guard.refused[0]}")
     if threading.active_count() > 1:
         raise Broken(name, f"starts threads: {', '.join(t.name for t in threading.enumerate()[1:])}")
-    if _thread_count() > threads and mapped_math_libraries() == libraries:
+    if _thread_count() > threads and not _are_of_new_math_libraries(libraries):
         raise Broken(name, "starts threads, which a forked kernel would lack")
     if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
         raise Broken(name, "uses the GPU when it is imported")
     return seconds
+
+
+def _are_of_new_math_libraries(known: set[str]) -> bool:
+    """Whether threads that have appeared are those of a math library, which mends itself after a fork. Adds it to the known."""
+    found = mapped_math_libraries()
+    is_new = not found <= known
+    known |= found
+    return is_new
 
 
 def _thread_count() -> int:

@@ -31,6 +31,7 @@ class Cost:
         return cls(len(process.children(recursive=True)), process.num_fds(), process.memory_full_info().uss)
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("restarts", [25, pytest.param(100, marks=pytest.mark.long)])
 def test_nothing_grows(warm, specs, tmp_path, restarts):
     pid = zygote().pid

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from nbcache.jupyter import handover
+from nbcache.jupyter import handover, launcher
 from nbcache.jupyter.experience import Experience, recall, revise
 from nbcache.jupyter.installed import InstalledOnly, Snapshot, installed_folders, shadowed
 from nbcache.jupyter.kernelspec import end_zygotes, examine
@@ -173,6 +175,23 @@ def test_a_directory_that_others_may_write_to_is_not_trusted(environment, own_sp
             assert not is_forked(kernel)
     finally:
         os.chmod(handover.zygote_folder(), 0o700)
+
+
+def test_there_are_not_too_many_zygotes(runtime_dir, monkeypatch):
+    """The sockets of killed ones do not count, and go."""
+    folder = Path(handover.zygote_folder())
+    folder.mkdir(parents=True, mode=0o700)
+    folder.parent.chmod(0o700)
+    with contextlib.ExitStack() as stack:
+        for number in range(launcher.MOST_ZYGOTES + 1):
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            with handover.Address(str(folder / f"{number}.sock")) as address:
+                listener.bind(address)
+            if number:
+                listener.listen()
+        monkeypatch.setenv("NBCACHE_ZYGOTE_IDLE_S", "60")
+        launcher.start_zygote(handover.Place(b"another"), [])
+        assert sorted(path.name for path in folder.iterdir()) == [f"{n}.sock" for n in range(1, launcher.MOST_ZYGOTES + 1)]
 
 
 # The parts
