@@ -1,7 +1,8 @@
 """nbcache keeps model weights alive across kernel restarts.
 
 ``%load_ext nbcache`` in a notebook, then ``w = %load_weights model.safetensors``; or the same in Python: :func:`load`,
-:func:`put`, :func:`status`, :func:`evict`, :func:`pin`, :func:`unpin`. See :mod:`nbcache.errors` for what they raise.
+:func:`put`, :func:`status`, :func:`evict`, :func:`pin`, :func:`unpin`; and for the LoRAs of a pipeline :func:`load_lora`,
+:func:`set_lora`, :func:`unload_lora`. See :mod:`nbcache.errors` for what they raise.
 
 Importing this module imports neither torch nor anything else that is slow.
 """
@@ -21,11 +22,16 @@ __all__ = [
     "evict_all",
     "free_gpu",
     "load",
+    "load_lora",
     "pin",
     "put",
+    "set_lora",
     "status",
+    "unload_lora",
     "unpin",
 ]
+
+_LORAS = ("load_lora", "set_lora", "unload_lora")
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
@@ -34,6 +40,7 @@ if TYPE_CHECKING:
     from nbcache.client.api import evict, evict_all, free_gpu, load, pin, put, status, unpin
     from nbcache.client.weights import Weights
     from nbcache.errors import NBCacheError
+    from nbcache.models.lora import load_lora, set_lora, unload_lora
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401
@@ -45,7 +52,7 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401
         return importlib.import_module("nbcache.errors")
     if name == "NBCacheError":
         return importlib.import_module("nbcache.errors").NBCacheError
-    return getattr(importlib.import_module("nbcache.client.api"), name)
+    return getattr(importlib.import_module("nbcache.models.lora" if name in _LORAS else "nbcache.client.api"), name)
 
 
 def __dir__() -> list[str]:

@@ -70,6 +70,7 @@ INNER_RANKS: dict[str, dict[str, int]] = {
         "api": 8,
     },
     "memory": {"shared": 0, "driver": 0, "arena": 1},
+    "models": {"lora_convert": 0, "lora_fuse": 0, "lora_cache": 1, "lora_plan": 2, "lora_inject": 2, "lora": 3},
 }
 """The same rule within a part: a module imports those of lower ranks alone."""
 
@@ -353,8 +354,8 @@ def test_the_probe_sees_torch_when_it_is_there():
 
 
 SURFACE = {
-    "NBCacheError", "Weights", "__version__", "errors", "evict", "evict_all", "free_gpu", "load", "pin", "put", "status",
-    "unpin",
+    "NBCacheError", "Weights", "__version__", "errors", "evict", "evict_all", "free_gpu", "load", "load_lora", "pin", "put",
+    "set_lora", "status", "unload_lora", "unpin",
 }  # fmt: skip
 
 
@@ -386,5 +387,5 @@ def test_a_name_that_is_not_public_is_an_attribute_error():
 
 def test_the_package_names_itself_in_its_docstring_functions():
     """The module's docstring presents the functions that a user calls."""
-    for name in ("load", "put", "status", "evict", "pin", "unpin"):
+    for name in ("load", "put", "status", "evict", "pin", "unpin", "load_lora", "set_lora", "unload_lora"):
         assert f":func:`{name}`" in nbcache.__doc__

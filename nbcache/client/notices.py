@@ -18,6 +18,14 @@ class CopyOnWriteUnavailable(UserWarning):
     """This torch lacks what copy-on-write needs; weights were copied."""
 
 
+class LoraReinjected(UserWarning):
+    """A LoRA did not fit into what was prepared for swapping; the adapter was injected anew."""
+
+
+class LoraIncomplete(UserWarning):
+    """The pipeline lacks some of a LoRA's modules; they were left out."""
+
+
 def notify(category: type[UserWarning], message: str) -> None:
     """Warn at the nearest caller outside this package."""
     level, frame = 1, sys._getframe()

@@ -11,6 +11,7 @@ from nbcache.units import format_duration, format_size
 
 if TYPE_CHECKING:
     from nbcache.client.weights import Weights
+    from nbcache.models.lora import LoadedLora
 
 
 class StatusView:
@@ -30,6 +31,14 @@ def summary(weights: Weights, seconds: float, how: str = "") -> str:
     how = how or ("cached" if weights.hit else "read from disk")
     size = format_size(weights.nbytes)
     return f"{short_name(weights.name)}: {count}, {size} on {weights.device} in {format_duration(seconds)} ({how}{private})"
+
+
+def lora_summary(loaded: LoadedLora) -> str:
+    """``pixel.safetensors: 494 modules of rank 16, 328.0 MB, swapped into adapter default in 12 ms (hot)``."""
+    count = f"{loaded.modules} module{'s' if loaded.modules != 1 else ''} of rank {loaded.rank}"
+    scale = f" at {loaded.scale:g}" if loaded.scale != 1 else ""
+    done = f"{loaded.how} as adapter {loaded.adapter}{scale} in {format_duration(loaded.seconds)} ({loaded.found})"
+    return f"{Path(loaded.name).name}: {count}, {format_size(loaded.nbytes)}, {done}"
 
 
 def short_name(name: str) -> str:
@@ -62,7 +71,8 @@ def idle_slab_bytes(status: Status) -> int:
 
 def _row(entry: EntryStatus, gpus: Mapping[str, str]) -> tuple[str, ...]:
     users = ", ".join(dict.fromkeys(short_name(lease.label) or f"pid {lease.pid}" for lease in entry.used_by))
-    remarks = [remark for remark, holds in (("pinned", entry.pinned), ("saved", entry.provenance == "put")) if holds]
+    made = {"put": "saved", "derived": "converted"}.get(entry.provenance, "")
+    remarks = [remark for remark in ("pinned" if entry.pinned else "", made) if remark]
     return (
         short_name(entry.name),
         format_size(entry.bytes),
