@@ -100,9 +100,7 @@ class NBCacheMagics(Magics):
     @_one_line_errors
     @magic_arguments()
     @argument("name", metavar="NAME", help="The path of a LoRA: a .safetensors file, or a folder with one.")
-    @argument(
-        "pipe", metavar="PIPE", help="The pipeline or model it is to go into: a variable, or any expression without blanks."
-    )
+    @argument("pipe", metavar="PIPE", help="The pipeline or model: a variable, or any expression without blanks.")
     @argument("--scale", type=float, default=1.0, metavar="S", help="What to multiply its effect by. Default: 1.")
     @argument("--adapter", default="default", metavar="A", help="Which adapter it is to be, for several at once.")
     @line_magic

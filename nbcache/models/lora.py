@@ -22,7 +22,6 @@ from nbcache.errors import AdapterNotFound, InvalidOption, LoraError
 from nbcache.models import lora_inject
 from nbcache.models.lora_cache import Lora, find_lora
 from nbcache.models.lora_convert import Recipe
-from nbcache.models.lora_fuse import keep_bases
 from nbcache.models.lora_inject import Host, host_of
 from nbcache.models.lora_plan import Arena, Plan, plan_of
 
@@ -110,7 +109,7 @@ def load_lora(pipe: object, name: str | os.PathLike[str], scale: float = 1.0, ad
     if held is not None:
         held.plan.check_unfused()
     lora = find_lora(name, host.family, held.plan.device if held else host.device)
-    if held is None or not held.plan.covers(lora):
+    if held is None or held.plan.misfit(lora):
         lora = _without_missing(lora, host)
     swaps = held is not None and _fits(held, lora, host)
     if swaps and held is not None:
@@ -198,6 +197,7 @@ def _without_missing(lora: Lora, host: Host) -> Lora:
     alphas = {name: alpha for name, alpha in lora.recipe.alphas.items() if name not in gone}
     return dataclasses.replace(
         lora,
+        entry=f"{lora.entry} without {len(gone)}",
         tensors={name: tensor for name, tensor in lora.tensors.items() if name.rpartition(".lora_")[0] not in gone},
         ranks={name: lora.ranks[name] for name in alphas},
         recipe=Recipe(alphas, lora.recipe.rooted, lora.recipe.others),
@@ -209,6 +209,8 @@ def _inject(host: Host, rack: Rack, adapter: str, lora: Lora, scale: float) -> N
 
     If that fails, what the adapter had before is put back.
     """
+    from nbcache.models.lora_fuse import keep_bases  # needs peft, of whose absence host_of speaks
+
     held = rack.adapters.get(adapter)
     lora_inject.check_unfused(host)
     active = [name for name in lora_inject.active_in(host) if name != adapter]
@@ -228,7 +230,7 @@ def _inject(host: Host, rack: Rack, adapter: str, lora: Lora, scale: float) -> N
         if held is not None:
             _inject(host, rack, adapter, find_lora(held.source, host.family, host.device), held.scale)
         raise
-    keep_bases(target.layer for target in plan.targets.values())
+    keep_bases(target.layer for target in plan.targets)
     rack.adapters[adapter] = _Adapter(plan, lora.source, scale, lora_inject.replaces_parameters(lora, host))
     lora_inject.activate(host, [*active, adapter])
 
@@ -240,7 +242,7 @@ def _room(host: Host, lora: Lora, former: Plan | None) -> tuple[dict[str, torch.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in lora.tensors.items() if name not in lora.recipe.others}
     if former is not None:
-        shapes = former.shapes_at_rank_one | shapes
+        shapes = former.least | shapes
     bases = {module: lora_inject.base_weight(host, module) for module in {name.rpartition(".lora_")[0] for name in shapes}}
     placed = [(name, shape, bases[name.rpartition(".lora_")[0]]) for name, shape in shapes.items()]
     others = {name: lora.tensors[name].clone() for name in lora.recipe.others}

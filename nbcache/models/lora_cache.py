@@ -26,7 +26,14 @@ from nbcache.client.loading import load_name
 from nbcache.client.options import Loaded, Options
 from nbcache.client.weights import Weights
 from nbcache.config import lora_gpu_limit_bytes
-from nbcache.errors import CheckpointChanged, CheckpointInvalid, CheckpointNotFound, NBCacheError, UnsupportedFormat
+from nbcache.errors import (
+    CheckpointChanged,
+    CheckpointInvalid,
+    CheckpointNotFound,
+    LoraMismatch,
+    NBCacheError,
+    UnsupportedFormat,
+)
 from nbcache.manifest import Fingerprint, Member
 from nbcache.models.lora_convert import METADATA_KEY, A, Family, Recipe, convert
 
@@ -123,8 +130,8 @@ def _convert(path: str, entry: str, checkpoint: Checkpoint, config: Member | Non
         converted, recipe = convert(tensors, metadata, text, family)
     except SafetensorError as error:
         raise CheckpointInvalid(f"{file.path}: {error}") from error
-    except UnsupportedFormat as error:
-        raise UnsupportedFormat(f"{path}: {error}") from error
+    except (UnsupportedFormat, LoraMismatch) as error:
+        raise type(error)(f"{path}: {error}") from error
     manifest = edge.plan_put(converted, {METADATA_KEY: msgspec.json.encode(recipe).decode()})
     put_bytes(entry, manifest, lambda area: edge.write_tensors(converted, manifest, area), derived=True).close()
     if not is_unchanged(path, checkpoint.members):  # I6: what was read may be neither the old file nor the new

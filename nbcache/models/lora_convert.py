@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import torch
 
-from nbcache.errors import UnsupportedFormat
+from nbcache.errors import LoraMismatch, UnsupportedFormat
 
 CONVERTER_VERSION = 1
 """Of this module's own form; part of what a converted entry is known by."""
@@ -95,7 +95,6 @@ def convert(
         alphas |= part.alphas
     if not alphas:
         raise UnsupportedFormat(f"not a LoRA: none of its {len(tensors)} tensors is a LoRA's")
-    _check_pairs(found, alphas)
     others = tuple(name for name in found if not name.endswith((A, B, BIAS)))
     return found, Recipe(alphas, tuple(part.component for part in parts if part.rooted), others)
 
@@ -122,6 +121,7 @@ def _of_pipeline(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
     answer = family.loader.lora_state_dict(dict(tensors), **wanted)
     state, alphas = answer[0], (answer[1] if len(answer) == 3 else None) or {}
     alphas = {name: float(alpha) for name, alpha in alphas.items()}
+    _check_addressed(state, family.components)
     for component in family.components:
         prefix = f"{component}."
         mine = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
@@ -132,6 +132,17 @@ def _of_pipeline(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
         is_text = component.startswith("text_encoder")
         mine = _text_names(mine, component in family.nested_text) if is_text else _denoiser_names(mine)
         yield _part(component, mine, my_alphas, settings or None, is_text)
+
+
+def _check_addressed(state: Tensors, components: tuple[str, ...]) -> None:
+    """LoraMismatch if most of a LoRA is for models that the pipeline does not have."""
+    prefixes = tuple(f"{component}." for component in components)
+    strange = [name for name in state if "lora" in name and not name.startswith(prefixes)]
+    if 2 * len(strange) > len(state):
+        raise LoraMismatch(
+            f"made for another kind of pipeline: {len(strange)} of its {len(state)} tensors are for none of "
+            f"{', '.join(components)}: {', '.join(strange[:3])}; the pipeline is as it was"
+        )
 
 
 def _denoiser_names(state: Tensors) -> Tensors:
@@ -152,6 +163,8 @@ def _text_names(state: Tensors, nested: bool) -> Tensors:
 def _part(component: str, state: Tensors, alphas: dict[str, float], settings: dict[str, Any] | None, is_text: bool) -> _Part:
     """With the configuration that the stock loader would make of it, asked for each module's alpha as peft would."""
     from diffusers.utils.peft_utils import _create_lora_config
+
+    _check_pairs(state)
 
     mark = "" if is_text else "^"
     ranks = {f"{mark}{name}": tensor.shape[1] for name, tensor in state.items() if "lora_B" in name and tensor.ndim > 1}
@@ -193,6 +206,7 @@ def _of_peft(tensors: Mapping[str, torch.Tensor], config: str) -> Iterator[_Part
     strange = [name for name in state if not name.endswith((A, B, BIAS))]
     if strange:
         raise UnsupportedFormat(f"tensors that are no LoRA's matrices: {', '.join(strange[:3])} ({len(strange)} in all)")
+    _check_pairs(state)
     if settings:
         known = inspect.signature(LoraConfig).parameters
         yield _configured("model", state, LoraConfig(**{key: value for key, value in settings.items() if key in known}))
@@ -201,10 +215,13 @@ def _of_peft(tensors: Mapping[str, torch.Tensor], config: str) -> Iterator[_Part
     yield _Part("model", {f"model.{name}": tensor for name, tensor in state.items()}, alphas, rooted=False)
 
 
-def _check_pairs(tensors: Tensors, alphas: Mapping[str, float]) -> None:
-    for module in alphas:
+def _check_pairs(tensors: Tensors) -> None:
+    for name in tensors:
+        if not name.endswith(A):
+            continue
+        module = name.removesuffix(A)
         if module + B not in tensors:
             raise UnsupportedFormat(f"not a whole LoRA: {module} has a lora_A and no lora_B")
-        a, b = tensors[module + A], tensors[module + B]
+        a, b = tensors[name], tensors[module + B]
         if a.ndim < 2 or b.ndim < 2 or a.shape[0] != b.shape[1]:
             raise UnsupportedFormat(f"not a LoRA: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}")

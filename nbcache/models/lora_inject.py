@@ -73,9 +73,9 @@ def host_of(pipe: object) -> Host:
 
 
 def _unwrapped(model: nn.Module) -> tuple[nn.Module, bool]:
-    """A model, and whether a compiler had wrapped it."""
+    """A model, and whether it is compiled: wrapped by ``torch.compile``, or by its own ``compile``."""
     inner = model._modules.get("_orig_mod")
-    return (inner, True) if inner is not None else (model, False)
+    return (inner, True) if inner is not None else (model, model._compiled_call_impl is not None)
 
 
 def _unet_config(pipe: object, components: Mapping[str, nn.Module]) -> Any:  # noqa: ANN401 - diffusers' FrozenDict

@@ -26,6 +26,9 @@ from nbcache.models.lora_convert import BIAS, A, B
 Spec = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a tensor."""
 
+READINGS_KEPT = 64
+"""LoRAs that a plan remembers the fitting of."""
+
 LAYOUTS_KEPT = 8
 """Layouts of an arena whose views are kept, so that swaps among a few LoRAs make no new ones."""
 
@@ -66,44 +69,70 @@ class Arena:
 
 @dataclass(frozen=True)
 class Slot:
-    """One parameter of an adapter: the LoRA's tensor of this name goes into ``holder``'s parameter ``kind``."""
+    """One parameter of an adapter: the LoRA's tensor of this name goes into ``holder``'s parameter ``kind``.
+
+    ``least`` is its shape if the rank were one, ``axis`` the rank's, -1 for a bias.
+    """
 
     name: str
     holder: nn.Module
     kind: str
+    least: tuple[int, ...]
+    axis: int
 
-    @property
-    def tensor(self) -> torch.Tensor:
-        """What is there now."""
-        found = self.holder._parameters[self.kind]
-        assert found is not None
-        return found
+    def shape(self, source: torch.Tensor | None) -> tuple[int, ...]:
+        """That of the parameter for this source: its rank, and otherwise the model's sizes."""
+        if source is None or self.axis < 0:
+            return self.least
+        return (*self.least[: self.axis], source.shape[self.axis], *self.least[self.axis + 1 :])
 
 
-@dataclass(frozen=True)
 class Target:
     """One module of an adapter. ``layer`` is peft's, at ``place`` in ``parent``; its settings are plain dicts by adapter."""
 
-    name: str
-    layer: Any
-    component: str
-    parent: nn.Module
-    place: str
-    a: nn.Module
-    b: nn.Module
+    def __init__(self, name: str, layer: Any, adapter: str, parent: nn.Module, place: str) -> None:  # noqa: ANN401
+        self.name = name
+        self.component = name.partition(".")[0]
+        self.layer = layer
+        self.a, self.b = layer.lora_A[adapter], layer.lora_B[adapter]
+        self.settings = layer.scaling, layer.lora_alpha, layer.r, layer.use_rslora
+        linear = isinstance(self.a, nn.Linear)
+        self.sizes = (
+            (self.a.__dict__, "out_features" if linear else "out_channels"),
+            (self.b.__dict__, "in_features" if linear else "in_channels"),
+        )
+        self._home = parent._modules, place
+        self._matrices = layer.lora_A._modules, layer.lora_B._modules
 
     def stands(self, adapter: str) -> bool:
         """Whether the layer is still the model's, and the matrices the layer's."""
-        modules = self.layer._modules
-        return (
-            self.parent._modules.get(self.place) is self.layer
-            and modules["lora_A"]._modules.get(adapter) is self.a
-            and modules["lora_B"]._modules.get(adapter) is self.b
-        )
+        siblings, place = self._home
+        all_a, all_b = self._matrices
+        return siblings.get(place) is self.layer and all_a.get(adapter) is self.a and all_b.get(adapter) is self.b
+
+    def slots(self) -> Iterator[Slot]:
+        """Where its tensors go."""
+        for name, holder, kind, axis in ((A, self.a, "weight", 0), (B, self.b, "weight", 1), (BIAS, self.b, "bias", -1)):
+            parameter = holder._parameters.get(kind)
+            if parameter is not None:
+                least = tuple(1 if number == axis else size for number, size in enumerate(parameter.shape))
+                yield Slot(self.name + name, holder, kind, least, axis)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A LoRA as one plan sees it: what each slot is to be, and each module's alpha, rank and whether it is rooted."""
+
+    shapes: list[tuple[int, ...]]
+    exact: list[bool]
+    """Whether the LoRA's tensor has just that shape: it has one, and of the model's sizes."""
+    settings: list[tuple[float, int, bool]]
+    narrow: bool
+    """Whether a tensor has fewer inputs than the model's module: only a control LoRA's, for which inputs are widened."""
 
 
 class Plan:
-    """Where an adapter's matrices go. ``blocks`` are modules that a compiler may have compiled.
+    """Where an adapter's matrices go. ``blocks`` are the parts that a compiler may compile, ``compiled`` says it has the whole.
 
     Notes
     -----
@@ -113,177 +142,167 @@ class Plan:
 
     def __init__(self, adapter: str, targets: Sequence[Target], blocks: Sequence[nn.Module], compiled: bool) -> None:
         self.adapter = adapter
-        self.targets = {target.name: target for target in targets}
+        self.targets = targets
         self._blocks = blocks
         self._compiled = compiled
-        self._slots = [slot for target in targets for slot in _slots(target)]
-        self.names = frozenset(slot.name for slot in self._slots)
-        self.padded = any(isinstance(target.layer.scaling.get(adapter), torch.Tensor) for target in targets)
+        self._slots = [slot for target in targets for slot in target.slots()]
+        self.least = {slot.name: slot.least for slot in self._slots}
+        """The least shape that each parameter may have, by the name of the LoRA's tensor."""
+        self.padded = any(isinstance(target.settings[0].get(adapter), torch.Tensor) for target in targets)
         self.arena: Arena | None = None
-        self._at_rank_one = {slot.name: _one_rank(slot) for slot in self._slots}
+        self._readings: dict[str, Reading | None] = {}
+
+    def _present(self) -> list[torch.Tensor]:
+        return [slot.holder._parameters[slot.kind] for slot in self._slots]  # type: ignore[misc]
 
     @property
     def device(self) -> torch.device:
         """Where the adapter is."""
-        return self._slots[0].tensor.device
+        return self._present()[0].device
 
     @property
     def stands(self) -> bool:
         """Whether every module still has the adapter where it was."""
-        return all(target.stands(self.adapter) for target in self.targets.values())
+        return all([target.stands(self.adapter) for target in self.targets])
 
     @property
     def compiled(self) -> bool:
         """Whether torch has compiled the model or a part of it."""
-        return self._compiled or any(block._compiled_call_impl is not None for block in self._blocks)
+        return self._compiled or any([block._compiled_call_impl is not None for block in self._blocks])
 
     @property
     def rank(self) -> int:
         """The largest rank that there is room for."""
-        return max(slot.tensor.shape[0] for slot in self._slots if slot.name.endswith(A))
+        return max(tensor.shape[0] for slot, tensor in zip(self._slots, self._present(), strict=True) if slot.axis == 0)
 
     def check_unfused(self) -> None:
         """LoraFused if the adapter is in the base weights."""
-        for target in self.targets.values():
+        for target in self.targets:
             if self.adapter in target.layer.merged_adapters:
                 raise LoraFused(
                     f"adapter {self.adapter!r} is fused into the base weights (at {target.name}); unfuse it first "
                     "(pipe.unfuse_lora())"
                 )
 
-    @property
-    def shapes_at_rank_one(self) -> dict[str, tuple[int, ...]]:
-        """The least that each parameter may be, by name."""
-        return self._at_rank_one
+    def read(self, lora: Lora) -> Reading | None:
+        """The LoRA by this plan; None if it has modules that the adapter lacks, or larger ones. Remembered by its entry."""
+        if lora.entry not in self._readings:
+            while len(self._readings) >= READINGS_KEPT:
+                del self._readings[next(iter(self._readings))]
+            self._readings[lora.entry] = self._read(lora)
+        return self._readings[lora.entry]
 
-    def covers(self, lora: Lora) -> bool:
-        """Whether the adapter has each of the LoRA's modules, in the same sizes but for the rank."""
-        return lora.tensors.keys() <= self.names and not any(
-            _differs(tensor.shape, self._at_rank_one[name], 0 if name.endswith(A) else 1)
-            for name, tensor in lora.tensors.items()
-        )
+    def _read(self, lora: Lora) -> Reading | None:
+        if not lora.tensors.keys() - lora.recipe.others <= self.least.keys():
+            return None
+        sources = [lora.tensors.get(slot.name) for slot in self._slots]
+        shapes = [slot.shape(source) for slot, source in zip(self._slots, sources, strict=True)]
+        exact = [source is not None and tuple(source.shape) == shape for source, shape in zip(sources, shapes, strict=True)]
+        narrow = False
+        for fits, source, shape in zip(exact, sources, shapes, strict=True):
+            if source is not None and not fits:
+                if source.ndim != len(shape) or any(size > room for size, room in zip(source.shape, shape, strict=True)):
+                    return None
+                narrow = True
+        recipe, ranks = lora.recipe, lora.ranks
+        settings = [
+            (recipe.alphas.get(target.name, 1.0), ranks.get(target.name, 1), target.component in recipe.rooted)
+            for target in self.targets
+        ]
+        return Reading(shapes, exact, settings, narrow)
 
     def misfit(self, lora: Lora) -> str:
-        """Why a LoRA whose sizes are the model's cannot be written by this plan, in words; empty if it can."""
-        surplus = {name.rpartition(".lora_")[0] for name in lora.tensors.keys() - self.names}
-        if surplus:
-            return f"it has {len(surplus)} modules that the adapter lacks, such as {min(surplus)}"
+        """Why a LoRA cannot be written by this plan, in words; empty if it can."""
+        reading = self.read(lora)
+        if reading is None or reading.narrow:
+            surplus = {name.rpartition(".lora_")[0] for name in lora.tensors.keys() - self.least.keys()}
+            first = min(surplus, default="")
+            return f"it has {len(surplus)} modules that the adapter lacks, such as {first}" if surplus else "its sizes differ"
         if not (self.padded or self.compiled):
             return ""
         room, rank = self.rank, max(lora.ranks.values())
-        for slot in self._slots:
-            source = lora.tensors.get(slot.name)
-            if source is None:
-                continue
-            if any(new > old for new, old in zip(source.shape, slot.tensor.shape, strict=True)):
-                return f"its rank {rank} is above the target rank {room}"
-            if not self.padded and source.shape != slot.tensor.shape:
-                return f"its rank {rank} is not {room}, and nothing was padded before compiling"
+        if rank > room:
+            return f"its rank {rank} is above the target rank {room}"
+        if not self.padded and self._others(reading, self._present()):
+            return f"its rank {rank} is not {room}, and nothing was padded before compiling"
         return ""
+
+    @staticmethod
+    def _others(reading: Reading, present: Sequence[torch.Tensor]) -> bool:
+        """Whether the LoRA's shapes are others than those that are there; modules that it lacks may be any."""
+        shapes = [tensor.shape for tensor in present]
+        return shapes != reading.shapes and any(
+            fits and shape != new for fits, shape, new in zip(reading.exact, shapes, reading.shapes, strict=True)
+        )
 
     def write(self, lora: Lora, scale: float) -> None:
         """Put a LoRA into the adapter's place; modules that it lacks add nothing from now on. Nothing waits for the device."""
+        reading = self.read(lora)
+        assert reading is not None
         sources = [lora.tensors.get(slot.name) for slot in self._slots]
-        present = [slot.tensor for slot in self._slots]
-        if self.padded or all(s is None or s.shape == p.shape for s, p in zip(sources, present, strict=True)):
-            bindable = not (self.padded or self.compiled or lora.shared)
-            self._bind(sources, present) if bindable else self._copy(sources, present)
-        elif lora.shared or self.device.type != "cpu":
-            self._cut_anew(sources, present)
+        present = self._present()
+        if not (self.padded or lora.shared or present[0].device.type != "cpu" or self.compiled):
+            self._bind(reading, sources, present)
+        elif self.padded or not self._others(reading, present):
+            _copy(sources, present)
         else:
-            self._bind(sources, present)
-        self._settle(lora, scale)
+            self._cut_anew(reading, sources, present)
+        self._settle(reading)
+        self.scale(scale)
 
-    def _copy(self, sources: Sequence[torch.Tensor | None], present: Sequence[torch.Tensor]) -> None:
-        """Into what is there, as large or larger, which is zero beyond."""
-        pairs = list(zip(sources, present, strict=True))
-        empty = [p for s, p in pairs if s is None or s.shape != p.shape]
-        if empty:
-            torch._foreach_zero_(empty)
-        there = [s for s in sources if s is not None]
-        torch._foreach_copy_([_corner(p, s) for s, p in pairs if s is not None], there)
-
-    def _cut_anew(self, sources: Sequence[torch.Tensor | None], present: Sequence[torch.Tensor]) -> None:
+    def _cut_anew(self, reading: Reading, sources: Sequence[torch.Tensor | None], present: Sequence[torch.Tensor]) -> None:
         """Into the arena, and the parameters bound to it."""
-        specs = [self._spec(slot, s, p) for slot, s, p in zip(self._slots, sources, present, strict=True)]
-        if self.arena is None or self.arena.device != self.device:
-            self.arena = Arena(self.device)
-        cut = self.arena.cut(specs)
-        self._copy(sources, cut)
-        for slot, tensor in zip(self._slots, cut, strict=True):
-            slot.tensor.data = tensor
+        device = present[0].device
+        if self.arena is None or self.arena.device != device:
+            self.arena = Arena(device)
+        cut = self.arena.cut([(shape, old.dtype) for shape, old in zip(reading.shapes, present, strict=True)])
+        _copy(sources, cut)
+        for old, tensor in zip(present, cut, strict=True):
+            old.data = tensor
 
-    def _bind(self, sources: Sequence[torch.Tensor | None], present: Sequence[torch.Tensor]) -> None:
-        """The parameters to the LoRA's own tensors; to copies of those that have another dtype or fewer inputs."""
-        for slot, source, old in zip(self._slots, sources, present, strict=True):
-            shape, dtype = self._spec(slot, source, old)
-            if source is not None and source.shape == shape and source.dtype == dtype:
+    def _bind(self, reading: Reading, sources: Sequence[torch.Tensor | None], present: Sequence[torch.Tensor]) -> None:
+        """The parameters to the LoRA's own tensors; to casts of those that have another dtype."""
+        for source, old, shape in zip(sources, present, reading.shapes, strict=True):
+            if source is not None and source.shape == shape and source.dtype == old.dtype:
                 old.data = source
             else:
-                made = torch.zeros(shape, dtype=dtype, device=old.device)
+                old.data = torch.zeros(shape, dtype=old.dtype)
                 if source is not None:
-                    _corner(made, source).copy_(source)
-                old.data = made
+                    _corner(old.data, source).copy_(source)
 
-    def _spec(self, slot: Slot, source: torch.Tensor | None, present: torch.Tensor) -> Spec:
-        """Shape and dtype of a parameter for this source: its rank, and of the model what is the model's."""
-        one = self._at_rank_one[slot.name]
-        if source is None or slot.kind == "bias":
-            return one, present.dtype
-        axis = 0 if slot.name.endswith(A) else 1
-        return (*one[:axis], source.shape[axis], *one[axis + 1 :]), present.dtype
-
-    def _settle(self, lora: Lora, scale: float) -> None:
-        """Ranks, alphas and scaling, where peft looks for them."""
-        adapter, rooted = self.adapter, lora.recipe.rooted
-        for name, target in self.targets.items():
-            rank, alpha = lora.ranks.get(name, 1), lora.recipe.alphas.get(name, 1.0)
-            layer = target.layer
-            layer.lora_alpha[adapter] = alpha
-            layer.use_rslora[adapter] = target.component in rooted
-            layer.r[adapter] = rank
-            if not self.padded:
-                target.a.__dict__["out_features" if isinstance(target.a, nn.Linear) else "out_channels"] = rank
-                target.b.__dict__["in_features" if isinstance(target.b, nn.Linear) else "in_channels"] = rank
-        self.scale(scale)
+    def _settle(self, reading: Reading) -> None:
+        """Ranks and alphas, where peft looks for them."""
+        adapter, padded = self.adapter, self.padded
+        for target, (alpha, rank, rooted) in zip(self.targets, reading.settings, strict=True):
+            _, alphas, ranks, roots = target.settings
+            alphas[adapter], ranks[adapter], roots[adapter] = alpha, rank, rooted
+            if not padded:
+                for sizes, name in target.sizes:
+                    sizes[name] = rank
 
     def scale(self, scale: float) -> None:
         """Multiply what the adapter adds, relative to the LoRA's own alpha."""
-        adapter = self.adapter
-        values = [
-            scale * layer.lora_alpha[adapter] / (math.sqrt(layer.r[adapter]) if layer.use_rslora[adapter] else layer.r[adapter])
-            for layer in (target.layer for target in self.targets.values())
-        ]
+        adapter, values = self.adapter, []
+        for target in self.targets:
+            _, alphas, ranks, roots = target.settings
+            rank = ranks[adapter]
+            values.append(scale * alphas[adapter] / (math.sqrt(rank) if roots.get(adapter) else rank))
         if self.padded:
-            held = [target.layer.scaling[adapter] for target in self.targets.values()]
+            held = [target.settings[0][adapter] for target in self.targets]
             new = torch.tensor(values, dtype=held[0].dtype, device=held[0].device)
             torch._foreach_copy_(held, list(new.unbind()))
             return
-        for target, value in zip(self.targets.values(), values, strict=True):
-            target.layer.scaling[adapter] = value
+        for target, value in zip(self.targets, values, strict=True):
+            target.settings[0][adapter] = value
 
 
-def _slots(target: Target) -> Iterator[Slot]:
-    yield Slot(target.name + A, target.a, "weight")
-    yield Slot(target.name + B, target.b, "weight")
-    if target.b._parameters.get("bias") is not None:
-        yield Slot(target.name + BIAS, target.b, "bias")
-
-
-def _one_rank(slot: Slot) -> tuple[int, ...]:
-    """The parameter's shape if the rank were one."""
-    shape = tuple(slot.tensor.shape)
-    if slot.kind == "bias":
-        return shape
-    axis = 0 if slot.name.endswith(A) else 1
-    return (*shape[:axis], 1, *shape[axis + 1 :])
-
-
-def _differs(shape: Sequence[int], at_rank_one: Sequence[int], axis: int) -> bool:
-    """Whether a tensor is another size than the module wants, its rank aside."""
-    if len(at_rank_one) == 1 or len(shape) != len(at_rank_one):
-        return tuple(shape) != tuple(at_rank_one)
-    return any(new != old for number, (new, old) in enumerate(zip(shape, at_rank_one, strict=True)) if number != axis)
+def _copy(sources: Sequence[torch.Tensor | None], present: Sequence[torch.Tensor]) -> None:
+    """Into what is there, as large or larger, which is zero beyond."""
+    pairs = list(zip(sources, present, strict=True))
+    empty = [p for s, p in pairs if s is None or s.shape != p.shape]
+    if empty:
+        torch._foreach_zero_(empty)
+    torch._foreach_copy_([_corner(p, s) for s, p in pairs if s is not None], [s for s in sources if s is not None])
 
 
 def _corner(tensor: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
@@ -304,8 +323,7 @@ def plan_of(adapter: str, components: Mapping[str, nn.Module], compiled: bool) -
             if isinstance(module, LoraLayer):
                 if adapter in module.lora_A:
                     above, _, place = path.rpartition(".")
-                    a, b = module.lora_A[adapter], module.lora_B[adapter]
-                    targets.append(Target(f"{component}.{path}", module, component, modules[above], place, a, b))
-            elif module._modules and ".lora_" not in path:
+                    targets.append(Target(f"{component}.{path}", module, adapter, modules[above], place))
+            elif module._modules and path and ".lora_" not in path:  # not the root, whose life this must not prolong
                 blocks.append(module)
     return Plan(adapter, targets, blocks, compiled)

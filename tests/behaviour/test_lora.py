@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from tests.support.loras import Writer, flux, outputs, sd3, sd15, sdxl
 
 
 def stock(pipe: Any, path: str, adapter: str = "default", **options: Any) -> Any:
-    """The pipeline, after ``load_lora_weights`` of the file. Of copies: on a CPU, a map's odd addresses make other arithmetic."""
+    """The pipeline, after ``load_lora_weights`` of the file, of copies: odd addresses make for other arithmetic."""
     config = safetensors_metadata(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -81,3 +82,289 @@ def test_outputs_are_those_of_the_stock_loader(write, layout):
     nbcache.unload_lora(pipe)
     assert same(outputs(pipe), before)
     assert not any("lora" in name for name, _ in (getattr(pipe, "unet", None) or pipe.transformer).named_modules())
+
+
+def entries() -> list[Any]:
+    return list(nbcache.status().entries)
+
+
+def test_what_was_converted_is_kept_without_the_original_and_known_by_the_file(write):
+    pipe = flux()
+    path = write.kohya_flux("style", pipe)
+    nbcache.load_lora(pipe, path)
+    (kept,) = entries()
+    assert kept.name.startswith("style [lora ")
+    assert (kept.provenance, kept.source) == ("derived", ())
+    assert nbcache.load_lora(flux(), path).found == "cached"
+    write.kohya_flux("style", pipe)
+    assert nbcache.load_lora(pipe, path).found == "converted"  # the file is another
+    assert len(entries()) == 2
+
+
+def test_no_matrix_shares_memory_with_another_though_the_converter_makes_them_so(write):
+    pipe = flux()
+    path = write.kohya_flux("style", pipe)
+    converted = FluxControlPipeline.lora_state_dict({name: tensor.clone() for name, tensor in load_file(path).items()})
+    q, k = (converted[f"transformer.transformer_blocks.0.attn.{name}.lora_A.weight"] for name in ("to_q", "to_k"))
+    assert q.data_ptr() == k.data_ptr()
+    nbcache.load_lora(pipe, path)
+    q, k = (
+        pipe.transformer.get_submodule(f"transformer_blocks.0.attn.{name}").lora_A["default"].weight
+        for name in ("to_q", "to_k")
+    )
+    assert torch.equal(q, k)
+    q.data.zero_()
+    assert not torch.equal(q, k)
+
+
+def test_a_control_lora_of_the_real_size_is_converted_as_the_stock_converter_does(write):
+    from nbcache.models.lora_convert import Family, convert
+
+    path = write.bfl_control("control")
+    stock_form = FluxControlPipeline.lora_state_dict(dict(load_file(path)))
+    tensors, recipe = convert(load_file(path), {}, "", Family(("transformer", "text_encoder"), FluxControlPipeline))
+    assert tensors.keys() == stock_form.keys()
+    assert all(torch.equal(tensors[name], stock_form[name]) for name in tensors)
+    assert len(recipe.others) == 2 * 19 * 2 + 2 * 38
+    assert set(recipe.alphas.values()) == {2.0}  # the rank: a scaling of one
+    assert len(recipe.alphas) == len([name for name in stock_form if name.endswith("lora_A.weight")])
+
+
+def test_a_converted_lora_gives_way_to_other_loads(write, tmp_path, monkeypatch):
+    from tests.support.checkpoints import write_checkpoint
+
+    monkeypatch.setenv("NBCACHE_HOST_LIMIT", "24MiB")
+    pipe = flux()
+    path = write.diffusers("wide", pipe, rank=200)
+    nbcache.load_lora(pipe, path)
+    pipe = None  # it held the lease
+    gc.collect()
+    nbcache.load(write_checkpoint(tmp_path / "model.safetensors", sizes=((2300, 2300),)), device="cpu")
+    assert [entry.provenance for entry in entries()] == ["file"]
+    assert nbcache.load_lora(flux(), path).found == "converted"
+
+
+@pytest.fixture
+def three(write) -> list[str]:
+    """LoRAs for :func:`flux`, of several ranks and of different modules."""
+    pipe = flux()
+    return [write.diffusers("a", pipe), write.diffusers("b", pipe, rank=8, to_q=3), write.diffusers("c", pipe, only="attn")]
+
+
+def test_swaps_are_as_fresh_loads_whatever_the_ranks_and_the_modules(three):
+    pipe, paths = flux(), three
+    expected = [outputs(stock(flux(), path)) for path in paths]
+    nbcache.load_lora(pipe, paths[0])
+    for number in (1, 2, 0, 2, 1, 1, 0):
+        assert nbcache.load_lora(pipe, paths[number]).how == "swapped"
+        assert same(outputs(pipe), expected[number])
+
+
+def test_modules_that_an_adapter_lacks_are_injected_once(three):
+    pipe, paths = flux(), three
+    expected = [outputs(stock(flux(), path)) for path in paths]
+    nbcache.load_lora(pipe, paths[2])
+    how = []
+    for number in (0, 2, 0, 1):
+        how.append(nbcache.load_lora(pipe, paths[number]).how)
+        assert same(outputs(pipe), expected[number])
+    assert how == ["injected", "swapped", "swapped", "swapped"]
+
+
+def test_the_scale_is_that_of_set_adapters(three):
+    pipe, (path, *_) = flux(), three
+    other = stock(flux(), path)
+    other.set_adapters("default", 0.7)
+    nbcache.load_lora(pipe, path, scale=0.7)
+    assert same(outputs(pipe), outputs(other))
+    other.set_adapters("default", 0.3)
+    nbcache.set_lora(pipe, {"default": 0.3})
+    assert same(outputs(pipe), outputs(other))
+
+
+def test_two_adapters_at_once(three):
+    pipe, (first, second, third) = flux(), three
+    other = stock(stock(flux(), first, "one"), second, "two")
+    nbcache.load_lora(pipe, first, adapter="one")
+    nbcache.load_lora(pipe, second, 0.5, adapter="two")
+    other.set_adapters(["one", "two"], [1.0, 0.5])
+    assert same(outputs(pipe), outputs(other))
+    nbcache.set_lora(pipe, {"one": 0.8, "two": 0.25})
+    other.set_adapters(["one", "two"], [0.8, 0.25])
+    assert same(outputs(pipe), outputs(other))
+    nbcache.set_lora(pipe, {"two": 1.0})
+    assert same(outputs(pipe), outputs(stock(flux(), second)))
+    nbcache.load_lora(pipe, third, adapter="two")
+    assert same(outputs(pipe), outputs(stock(flux(), third)))
+    nbcache.set_lora(pipe, {})
+    assert same(outputs(pipe), outputs(flux()))
+    nbcache.unload_lora(pipe, "two")
+    assert pipe.get_list_adapters() == {"transformer": ["one"], "text_encoder": ["one"]}
+    nbcache.set_lora(pipe, {"one": 1.0})
+    assert same(outputs(pipe), outputs(stock(flux(), first)))
+
+
+def test_adapters_of_others_are_left_alone(three):
+    pipe, (first, second, _) = flux(), three
+    stock(pipe, first, "theirs")
+    with pytest.raises(nbcache.errors.LoraError, match="'theirs' was loaded by other means"):
+        nbcache.load_lora(pipe, second, adapter="theirs")
+    nbcache.load_lora(pipe, second, adapter="ours")
+    other = stock(stock(flux(), first, "theirs"), second, "ours")
+    other.set_adapters(["theirs", "ours"])
+    assert same(outputs(pipe), outputs(other))
+    nbcache.unload_lora(pipe)
+    assert same(outputs(pipe), outputs(stock(flux(), first)))
+
+
+def test_what_the_stock_functions_took_out_is_injected_again(three):
+    pipe, (first, second, _) = flux(), three
+    nbcache.load_lora(pipe, first)
+    pipe.unload_lora_weights()
+    assert nbcache.load_lora(pipe, second).how == "injected"
+    pipe.delete_adapters("default")
+    with pytest.raises(
+        nbcache.errors.AdapterNotFound, match="no adapter 'default' was loaded with load_lora here; loaded: none"
+    ):
+        nbcache.set_lora(pipe, {"default": 1.0})
+    nbcache.load_lora(pipe, second)
+    assert same(outputs(pipe), outputs(stock(flux(), second)))
+
+
+@pytest.mark.parametrize("rank", [2, 4, 16])
+def test_a_stock_hotswap_writes_into_nothing_that_others_see(write, rank):
+    """To a larger rank it swaps the tensor objects; to others it writes into them."""
+    pipe = flux()
+    path = write.diffusers("a", pipe, only="transformer")
+    other = write.diffusers("b", pipe, rank=rank, only="transformer")
+    nbcache.load_lora(pipe, path)
+    stock(pipe, other, hotswap=True)
+    swapped, loaded = outputs(pipe)[0], outputs(stock(flux(), other))[0]
+    torch.testing.assert_close(swapped, loaded)  # a smaller rank is padded: the same sums, in another order
+    assert not torch.equal(swapped, outputs(stock(flux(), path))[0])
+    fresh = flux()
+    nbcache.load_lora(fresh, path)
+    assert same(outputs(fresh), outputs(stock(flux(), path)))
+    assert nbcache.load_lora(pipe, path).how == "swapped"
+    assert same(outputs(pipe), outputs(fresh))
+
+
+def test_unfusing_gives_the_base_back_to_the_bit_and_the_cache_never_saw_it(three, write, tmp_path):
+    from safetensors.torch import save_file
+
+    pipe, (first, second, _) = flux(), three
+    base = tmp_path / "base.safetensors"
+    save_file(pipe.transformer.state_dict(), base)
+    weights = nbcache.load(base, device="cpu")
+    pipe.transformer.load_state_dict(weights, assign=True)
+    before, places = outputs(pipe), {name: p.data_ptr() for name, p in pipe.transformer.named_parameters()}
+    nbcache.load_lora(pipe, first)
+    with_lora = outputs(pipe)
+    for fused in ([first], [first, second]):
+        for number, path in enumerate(fused):
+            nbcache.load_lora(pipe, path, adapter=("default", "more")[number])
+        pipe.fuse_lora(components=["transformer", "text_encoder"], lora_scale=0.9)
+        assert not same(outputs(pipe), before)
+        with pytest.raises(nbcache.errors.LoraFused, match="unfuse"):
+            nbcache.load_lora(pipe, second)
+        with pytest.raises(nbcache.errors.LoraFused, match="unfuse"):
+            nbcache.unload_lora(pipe)
+        pipe.unfuse_lora(components=["transformer", "text_encoder"])
+        if len(fused) > 1:
+            nbcache.unload_lora(pipe, "more")
+        nbcache.load_lora(pipe, first)
+        assert same(outputs(pipe), with_lora)
+    nbcache.unload_lora(pipe)
+    assert {name: p.data_ptr() for name, p in pipe.transformer.named_parameters()} == places
+    assert same(outputs(pipe), before)
+    stored = load_file(base)
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in nbcache.load(base, device="cpu").items())
+
+
+def test_fused_layers_can_be_copied_and_pickled(three):
+    import copy
+    import io
+
+    pipe, (first, *_) = flux(), three
+    nbcache.load_lora(pipe, first)
+    pipe.fuse_lora(components=["transformer"])
+    layer = pipe.transformer.transformer_blocks[0].attn.to_q
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    x = torch.randn(2, layer.in_features)
+    fused = layer(x)
+    for twin in (copy.deepcopy(layer), torch.load(file, weights_only=False)):
+        twin.unmerge()
+        assert not twin.merged
+        assert not torch.equal(twin.get_base_layer()(x), fused)
+    assert layer.merged
+    assert torch.equal(layer(x), fused)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_the_wrong_architecture_is_named_and_changes_nothing(write, loaded):
+    pipe = flux()
+    wrong = {
+        "wider": (write.diffusers("wider", flux(heads=4)), r"transformer\.\S+ is 32→\d+, the LoRA's 64→\d+"),
+        "other": (write.diffusers("other", sd15()), r"tensors are for none of transformer, text_encoder: unet\."),
+    }
+    right = write.diffusers("right", pipe)
+    if loaded:
+        nbcache.load_lora(pipe, right)
+    before = outputs(pipe)
+    modules = [name for name, _ in pipe.transformer.named_modules()]
+    for path, words in wrong.values():
+        with pytest.raises(nbcache.errors.LoraMismatch, match=words) as caught:
+            nbcache.load_lora(pipe, path)
+        assert path in str(caught.value)
+        assert str(caught.value).endswith("the pipeline is as it was")
+        assert same(outputs(pipe), before)
+        assert [name for name, _ in pipe.transformer.named_modules()] == modules
+    assert nbcache.load_lora(pipe, right).how == ("swapped" if loaded else "injected")
+
+
+def test_a_few_modules_too_many_are_left_out_with_a_warning(write):
+    path = write.diffusers("deep", flux(blocks=2))
+    pipe = flux(blocks=2)
+    pipe.transformer.single_transformer_blocks = pipe.transformer.single_transformer_blocks[:1]
+    other = write.diffusers("right", pipe)
+    for how in ("injected", "swapped"):
+        with pytest.warns(UserWarning, match=r"lacks \d+ of its 48 modules, such as transformer.single_transformer_blocks.1"):
+            assert nbcache.load_lora(pipe, path).how == how
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            twin = flux(blocks=2)
+            twin.transformer.single_transformer_blocks = twin.transformer.single_transformer_blocks[:1]
+            assert same(outputs(pipe), outputs(stock(twin, path)))
+        nbcache.load_lora(pipe, other)
+
+
+def test_what_is_no_lora_is_refused(write, tmp_path):
+    pipe = flux()
+    layers = {"transformer.transformer_blocks.0.attn.to_q": pipe.transformer.transformer_blocks[0].attn.to_q}
+    dora = {}
+    for name, layer in layers.items():
+        dora[f"{name}.lora_A.weight"], dora[f"{name}.lora_B.weight"] = write.pair(layer, 4)
+        dora[f"{name}.lora_magnitude_vector"] = torch.ones(32)
+    half = {name: tensor for name, tensor in dora.items() if name.endswith("lora_A.weight")}
+    cases = {
+        write.save("dora", dora): "a DoRA",
+        write.save("half", half): "a lora_A and no lora_B",
+        write.save("none", {"weight": torch.zeros(3)}): "not a LoRA",
+    }
+    for path, words in cases.items():
+        with pytest.raises(nbcache.errors.UnsupportedFormat, match=words) as caught:
+            nbcache.load_lora(pipe, path)
+        assert path in str(caught.value)
+    with pytest.raises(nbcache.errors.CheckpointNotFound):
+        nbcache.load_lora(pipe, tmp_path / "missing.safetensors")
+    (tmp_path / "torn.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{torn")
+    with pytest.raises(nbcache.errors.CheckpointInvalid):
+        nbcache.load_lora(pipe, tmp_path / "torn.safetensors")
+    with pytest.raises(nbcache.errors.InvalidOption, match="takes no LoRAs"):
+        nbcache.load_lora(object(), tmp_path / "torn.safetensors")
+    for options in ({"scale": float("nan")}, {"scale": "much"}, {"adapter": "a.b"}, {"adapter": ""}):
+        with pytest.raises(nbcache.errors.InvalidOption, match="adapter"):
+            nbcache.load_lora(pipe, tmp_path / "torn.safetensors", **options)
+    assert not pipe.get_list_adapters()

@@ -57,17 +57,22 @@ def sd3(seed: int = 0) -> Any:
     )  # fmt: skip
 
 
+def scheduler() -> DDIMScheduler:
+    return DDIMScheduler(steps_offset=1, clip_sample=False)
+
+
 def _unet(**settings: Any) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         block_out_channels=(32, 64), layers_per_block=2, sample_size=8, in_channels=4, out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **settings,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        **settings,
     )  # fmt: skip
 
 
 def sd15(seed: int = 0) -> Any:
     torch.manual_seed(seed)
     return StableDiffusionPipeline(
-        unet=_unet(cross_attention_dim=WIDTH), scheduler=DDIMScheduler(steps_offset=1, clip_sample=False), vae=None, text_encoder=text_encoder(), tokenizer=None,
+        unet=_unet(cross_attention_dim=WIDTH), scheduler=scheduler(), vae=None, text_encoder=text_encoder(), tokenizer=None,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 
@@ -79,7 +84,7 @@ def sdxl(seed: int = 0) -> Any:
         addition_time_embed_dim=8, transformer_layers_per_block=(1, 2), projection_class_embeddings_input_dim=80,
     )  # fmt: skip
     return StableDiffusionXLPipeline(
-        unet=unet, scheduler=DDIMScheduler(steps_offset=1, clip_sample=False), vae=None, text_encoder=text_encoder(), tokenizer=None,
+        unet=unet, scheduler=scheduler(), vae=None, text_encoder=text_encoder(), tokenizer=None,
         text_encoder_2=text_encoder(CLIPTextModelWithProjection), tokenizer_2=None,
     )  # fmt: skip
 
@@ -225,7 +230,7 @@ class Writer:
                 state[f"{module}.alpha"] = torch.tensor(alpha if number % 3 else alpha / 2)
         return self.save(name, state)
 
-    def bfl_control(self, name: str, rank: int = 1) -> str:
+    def bfl_control(self, name: str, rank: int = 2) -> str:
         """As BFL writes its control LoRAs, in the one size that the stock converter knows: biases, norms, a wide input."""
         state: State = {}
 
