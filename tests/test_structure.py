@@ -70,7 +70,15 @@ INNER_RANKS: dict[str, dict[str, int]] = {
         "api": 8,
     },
     "memory": {"shared": 0, "driver": 0, "arena": 1},
-    "models": {"lora_convert": 0, "lora_fuse": 0, "lora_cache": 1, "lora_plan": 2, "lora_inject": 2, "lora": 3},
+    "models": {
+        "lora_convert": 0,
+        "lora_fuse": 0,
+        "lora_cache": 1,
+        "lora_slots": 1,
+        "lora_plan": 2,
+        "lora_inject": 2,
+        "lora": 3,
+    },
 }
 """The same rule within a part: a module imports those of lower ranks alone."""
 

@@ -23,7 +23,8 @@ from nbcache.models import lora_inject
 from nbcache.models.lora_cache import Lora, find_lora
 from nbcache.models.lora_convert import Recipe
 from nbcache.models.lora_inject import Host, host_of
-from nbcache.models.lora_plan import Arena, Plan, plan_of
+from nbcache.models.lora_plan import Plan, plan_of
+from nbcache.models.lora_slots import Arena
 
 ADAPTER = "default"
 """The adapter where none is named."""
@@ -108,7 +109,9 @@ def load_lora(pipe: object, name: str | os.PathLike[str], scale: float = 1.0, ad
         raise LoraError(f"adapter {adapter!r} was loaded by other means; choose another name, or delete it first")
     if held is not None:
         held.plan.check_unfused()
-    lora = find_lora(name, host.family, held.plan.device if held else host.device)
+        for part in held.plan.parts:
+            part.compiled = part.component in host.compiled
+    lora = find_lora(name, host.family, host.device)
     if held is None or held.plan.misfit(lora):
         lora = _without_missing(lora, host)
     swaps = held is not None and _fits(held, lora, host)
@@ -181,7 +184,7 @@ def _fits(held: _Adapter, lora: Lora, host: Host) -> bool:
     if held.replaces or lora_inject.replaces_parameters(lora, host):
         return False
     reason = held.plan.misfit(lora)
-    if reason and (held.plan.padded or held.plan.compiled):
+    if reason and any(part.fixed for part in held.plan.parts):
         notify(LoraReinjected, f"{lora.source}: {reason}; the adapter is injected anew, and compiled again where it was")
     return not reason
 
@@ -214,17 +217,19 @@ def _inject(host: Host, rack: Rack, adapter: str, lora: Lora, scale: float) -> N
     held = rack.adapters.get(adapter)
     lora_inject.check_unfused(host)
     active = [name for name in lora_inject.active_in(host) if name != adapter]
-    state, arena = _room(host, lora, held.plan if held else None)
+    state, arenas = _room(host, lora, held.plan if held else None)
     if held is not None:
         lora_inject.take_out(host, [adapter])
         rack.forget(adapter)
-        if held.plan.padded:
-            lora_inject.pad_again(host, max(held.plan.rank, *lora.ranks.values()))
+        for part in held.plan.parts:
+            if part.padded:
+                lora_inject.pad_again(host, part.component, max(part.rank, *lora.ranks.values()))
     try:
         lora_inject.inject(host, adapter, state)
         del state
-        plan = plan_of(adapter, host.components, host.compiled)
-        plan.arena = arena
+        plan = plan_of(adapter, host.components)
+        for part in plan.parts:
+            part.arena = arenas.get(part.component)
         plan.write(lora, scale)
     except BaseException:
         if held is not None:
@@ -235,20 +240,24 @@ def _inject(host: Host, rack: Rack, adapter: str, lora: Lora, scale: float) -> N
     lora_inject.activate(host, [*active, adapter])
 
 
-def _room(host: Host, lora: Lora, former: Plan | None) -> tuple[dict[str, torch.Tensor], Arena | None]:
+def _room(host: Host, lora: Lora, former: Plan | None) -> tuple[dict[str, torch.Tensor], dict[str, Arena]]:
     """Zeros of the LoRA's shapes, and of rank one for modules that only the former had, of the models' dtypes and devices.
 
-    On a GPU in an arena, which the adapter then keeps. What replaces parameters comes as a copy of its own.
+    On a GPU in arenas, one a component, which the adapter then keeps. What replaces parameters comes as a copy of its own.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in lora.tensors.items() if name not in lora.recipe.others}
-    if former is not None:
-        shapes = former.least | shapes
-    bases = {module: lora_inject.base_weight(host, module) for module in {name.rpartition(".lora_")[0] for name in shapes}}
-    placed = [(name, shape, bases[name.rpartition(".lora_")[0]]) for name, shape in shapes.items()]
-    others = {name: lora.tensors[name].clone() for name in lora.recipe.others}
-    if host.device.type == "cpu":
-        return {name: torch.zeros(shape, dtype=base.dtype, device=base.device) for name, shape, base in placed} | others, None
-    arena = former.arena if former is not None and former.arena is not None else Arena(host.device)
-    cut = arena.cut([(shape, base.dtype) for _, shape, base in placed])
-    torch._foreach_zero_(cut)
-    return {name: tensor for (name, _, _), tensor in zip(placed, cut, strict=True)} | others, arena
+    state = {name: lora.tensors[name].clone() for name in lora.recipe.others}
+    shapes = {name: tuple(tensor.shape) for name, tensor in lora.tensors.items() if name not in state}
+    shapes = (former.least if former is not None else {}) | shapes
+    arenas = {part.component: part.arena for part in former.parts if part.arena is not None} if former is not None else {}
+    for component in host.components:
+        mine = {name: shape for name, shape in shapes.items() if name.startswith(f"{component}.")}
+        bases = {name: lora_inject.base_weight(host, name.rpartition(".lora_")[0]) for name in mine}
+        device = next((base.device for base in bases.values()), torch.device("cpu"))
+        if device.type == "cpu":
+            state |= {name: torch.zeros(shape, dtype=bases[name].dtype) for name, shape in mine.items()}
+            continue
+        arena = arenas.setdefault(component, Arena(device))
+        cut = arena.cut([(shape, bases[name].dtype) for name, shape in mine.items()])
+        torch._foreach_zero_(cut)
+        state |= dict(zip(mine, cut, strict=True))
+    return state, arenas

@@ -34,7 +34,8 @@ class Host:
     pipe: Any
     components: Mapping[str, nn.Module]
     family: Family
-    compiled: bool
+    compiled: frozenset[str] = frozenset()
+    """The components that torch has compiled as a whole."""
 
     @property
     def root(self) -> nn.Module:
@@ -57,16 +58,16 @@ def host_of(pipe: object) -> Host:
     except ImportError as error:
         raise LoraError("LoRAs need peft: pip install peft") from error
     if isinstance(pipe, nn.Module):
-        model, compiled = _unwrapped(pipe)
+        model, is_compiled = _unwrapped(pipe)
         base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-        return Host(model, {"model": base}, Family(("model",)), compiled)
+        return Host(model, {"model": base}, Family(("model",)), frozenset({"model"} if is_compiled else ()))
     names = tuple(getattr(pipe, "_lora_loadable_modules", ()))
     if not names or not hasattr(pipe, "load_lora_weights"):
         raise InvalidOption(f"a {type(pipe).__name__} takes no LoRAs: give a pipeline of diffusers that does, or a model")
     found = {name: getattr(pipe, name, None) for name in names}
     unwrapped = {name: _unwrapped(model) for name, model in found.items() if isinstance(model, nn.Module)}
     components = {name: model for name, (model, _) in unwrapped.items()}
-    compiled = any(was for _, was in unwrapped.values())
+    compiled = frozenset(name for name, (_, was) in unwrapped.items() if was)
     nested = tuple(name for name, model in components.items() if "text_encoder" in name and hasattr(model, "text_model"))
     family = Family(names, type(pipe), _unet_config(pipe, components), nested)
     return Host(pipe, components, family, compiled)
@@ -218,11 +219,11 @@ def base_weight(host: Host, module: str) -> torch.Tensor:
     return torch.empty(0, dtype=getattr(host.components[component], "dtype", torch.float32), device=weight.device)
 
 
-def pad_again(host: Host, rank: int) -> None:
-    """Have the next injection pad to this rank, as ``enable_lora_hotswap`` did before."""
-    for model in host.components.values():
-        if hasattr(model, "_prepare_lora_hotswap_kwargs"):
-            model._prepare_lora_hotswap_kwargs = {"target_rank": rank, "check_compiled": "ignore"}  # type: ignore[assignment]
+def pad_again(host: Host, component: str, rank: int) -> None:
+    """Have the next injection pad a component to this rank, as ``enable_lora_hotswap`` did before."""
+    model = host.components[component]
+    if hasattr(model, "_prepare_lora_hotswap_kwargs"):
+        model._prepare_lora_hotswap_kwargs = {"target_rank": rank, "check_compiled": "ignore"}  # type: ignore[assignment]
 
 
 def activate(host: Host, adapters: Sequence[str]) -> None:

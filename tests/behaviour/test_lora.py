@@ -368,3 +368,145 @@ def test_what_is_no_lora_is_refused(write, tmp_path):
         with pytest.raises(nbcache.errors.InvalidOption, match="adapter"):
             nbcache.load_lora(pipe, tmp_path / "torn.safetensors", **options)
     assert not pipe.get_list_adapters()
+
+
+def compile_counting(module: torch.nn.Module) -> list[int]:
+    """Compile a module with a backend that counts how often it is asked to."""
+    compiled = [0]
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled[0] += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    module.compile(backend=backend, fullgraph=True)
+    return compiled
+
+
+def test_swaps_into_padded_buffers_compile_nothing_again(write):
+    pipe = flux()
+    paths = [
+        write.diffusers("a", pipe, only="transformer"),
+        write.diffusers("b", pipe, rank=8, only="transformer", alpha=3.0),
+        write.diffusers("c", pipe, rank=2, only="_blocks.0.attn"),
+    ]
+    pipe.enable_lora_hotswap(target_rank=8)
+    nbcache.load_lora(pipe, paths[0])
+    held = {id(p) for p in pipe.transformer.parameters()}
+    compiled = compile_counting(pipe.transformer)
+    outputs(pipe)
+    before = compiled[0]
+    assert before
+    for number in (1, 2, 0, 1):
+        assert nbcache.load_lora(pipe, paths[number], scale=0.5 + number).how == "swapped"
+        other = stock(flux(), paths[number])
+        other.set_adapters("default", 0.5 + number)
+        for mine, theirs in zip(outputs(pipe), outputs(other), strict=True):
+            torch.testing.assert_close(mine, theirs)
+        nbcache.set_lora(pipe, {"default": 1.0})
+        torch.testing.assert_close(outputs(pipe)[0], outputs(stock(flux(), paths[number]))[0])
+    assert compiled[0] == before
+    assert {id(p) for p in pipe.transformer.parameters()} == held
+    large = write.diffusers("large", flux(), rank=16, only="transformer")
+    with pytest.warns(UserWarning, match="its rank 16 is above the target rank 8; the adapter is injected anew"):
+        assert nbcache.load_lora(pipe, large).how == "injected"
+    torch.testing.assert_close(outputs(pipe)[0], outputs(stock(flux(), large))[0])
+    assert nbcache.load_lora(pipe, paths[1]).how == "swapped"  # the target rank is 16 from now on
+    torch.testing.assert_close(outputs(pipe)[0], outputs(stock(flux(), paths[1]))[0])
+    torch._dynamo.reset()
+
+
+def test_what_is_compiled_without_padding_is_written_in_place_or_said_to_be_injected_again(write):
+    pipe = flux()
+    paths = [write.diffusers(name, pipe, rank, only="transformer") for name, rank in (("a", 4), ("b", 4), ("c", 8))]
+    nbcache.load_lora(pipe, paths[0])
+    compiled = compile_counting(pipe.transformer)
+    outputs(pipe)
+    before = compiled[0]
+    assert nbcache.load_lora(pipe, paths[1]).how == "swapped"
+    torch.testing.assert_close(outputs(pipe)[0], outputs(stock(flux(), paths[1]))[0])
+    assert compiled[0] == before
+    with pytest.warns(UserWarning, match="its rank 8 is not 4, and nothing was padded before compiling"):
+        nbcache.load_lora(pipe, paths[2])
+    torch.testing.assert_close(outputs(pipe)[0], outputs(stock(flux(), paths[2]))[0])
+    torch._dynamo.reset()
+
+
+def test_200_random_swaps_among_5_leave_nothing_behind(write):
+    import random
+
+    import psutil
+
+    pipe = flux()
+    ranks = {"a": 4, "b": 8, "c": 2, "d": 4, "e": 16}
+    paths = [write.diffusers(name, pipe, rank) for name, rank in ranks.items()]
+    order = random.Random(5)
+
+    def swap(times: int) -> int:
+        for _ in range(times):
+            nbcache.load_lora(pipe, order.choice(paths))
+        gc.collect()
+        return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
+
+    for path in paths:
+        nbcache.load_lora(pipe, path)
+    tensors, process = swap(20), psutil.Process()
+    descriptors, used, memory = process.num_fds(), nbcache.status().host.used_bytes, process.memory_info().rss
+    maps = len(process.memory_maps(grouped=False))
+    assert swap(200) == tensors
+    assert process.num_fds() == descriptors
+    assert len(process.memory_maps(grouped=False)) <= maps + 5
+    assert process.memory_info().rss < memory + (8 << 20)
+    assert nbcache.status().host.used_bytes == used
+    nbcache.load_lora(pipe, paths[3])
+    assert same(outputs(pipe), outputs(stock(flux(), paths[3])))
+
+
+def test_a_pipeline_goes_when_it_is_let_go(write):
+    """A LoRA of ours makes no cycle that keeps the weights until the next collection."""
+    import weakref
+
+    pipe = flux()
+    nbcache.load_lora(pipe, write.diffusers("a", pipe))
+    gc.collect()
+    gc.disable()
+    try:
+        gone = weakref.ref(pipe.transformer.transformer_blocks[0].attn.to_q.base_layer.weight)
+        del pipe
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_reinjection_that_fails_puts_back_what_was_there(write, monkeypatch):
+    pipe = flux()
+    first, wider = write.diffusers("a", pipe, only="attn"), write.diffusers("b", pipe)
+    nbcache.load_lora(pipe, first, scale=0.5)
+    before, real, calls = outputs(pipe), pipe.load_lora_weights, []
+
+    def fails_once(*args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("no memory")
+        real(*args[1:], **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(pipe), "load_lora_weights", fails_once)
+        with pytest.raises(nbcache.errors.LoraError, match="could not be injected: RuntimeError: no memory"):
+            nbcache.load_lora(pipe, wider)
+    assert same(outputs(pipe), before)
+    nbcache.load_lora(pipe, wider)
+    assert same(outputs(pipe), outputs(stock(flux(), wider)))
+
+
+def test_half_precision_pipelines_get_what_the_stock_loader_casts(write):
+    pipe, other = flux(), flux()
+    paths = [write.diffusers("a", pipe), write.diffusers("b", pipe)]
+    for each in (pipe, other):
+        each.to(dtype=torch.bfloat16)
+    for path in paths:
+        nbcache.load_lora(pipe, path)
+    stock(other, paths[1])
+    assert same(outputs(pipe), outputs(other))
+    lora = [p.dtype for name, p in pipe.transformer.named_parameters() if "lora" in name]
+    assert set(lora) == {torch.bfloat16}
