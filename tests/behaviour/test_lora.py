@@ -576,6 +576,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(torch.arange(9)[None]).logits
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks transformers by that name
 @pytest.mark.parametrize("wrapped", [False, True], ids=["transformers", "peft"])
 def test_models_of_transformers_and_peft(tmp_path, wrapped):
     from peft import LoraConfig, PeftModel, get_peft_model
