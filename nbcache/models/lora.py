@@ -120,6 +120,8 @@ def load_lora(pipe: object, name: str | os.PathLike[str], scale: float = 1.0, ad
         held.source, held.scale = lora.source, scale
     else:
         _inject(host, rack, adapter, lora, scale)
+    if not any(part.padded for part in rack.adapters[adapter].plan.parts):  # padded: the configuration has the target rank
+        lora_inject.note_config(host, adapter, lora)
     return LoadedLora(
         lora.source, adapter, scale, len(lora.ranks), max(lora.ranks.values()), lora.nbytes,
         "swapped" if swaps else "injected", lora.how, time.perf_counter() - start,

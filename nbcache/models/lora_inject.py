@@ -11,10 +11,12 @@ import contextlib
 import importlib
 import inspect
 import logging
+import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -22,6 +24,8 @@ from torch import nn
 from nbcache.errors import InvalidOption, LoraError, LoraFused, LoraMismatch
 from nbcache.models.lora_cache import Lora
 from nbcache.models.lora_convert import A, B, Family
+
+V = TypeVar("V", int, float)
 
 NAMED_IN_ERRORS = 3
 """Modules that a message names."""
@@ -181,6 +185,26 @@ def _inject_into_model(host: Host, adapter: str, state: Mapping[str, torch.Tenso
     set_peft_model_state_dict(model, dict(state), adapter, low_cpu_mem_usage=True)
     if hasattr(model, "_hf_peft_config_loaded"):
         model._hf_peft_config_loaded = True
+
+
+def note_config(host: Host, adapter: str, lora: Lora) -> None:
+    """Let peft's configuration of an adapter say what the LoRA is, for whoever saves it."""
+    for component, model in host.components.items():
+        prefix = f"{component}."
+        ranks = {name.removeprefix(prefix): rank for name, rank in lora.ranks.items() if name.startswith(prefix)}
+        alphas = {name.removeprefix(prefix): alpha for name, alpha in lora.recipe.alphas.items() if name.startswith(prefix)}
+        config = getattr(model, "peft_config", {}).get(adapter)
+        if config is None or not ranks:
+            continue
+        config.r, config.rank_pattern = _pattern(ranks)
+        config.lora_alpha, config.alpha_pattern = _pattern(alphas)
+        config.use_rslora = component in lora.recipe.rooted
+
+
+def _pattern(values: Mapping[str, V]) -> tuple[V, dict[str, V]]:
+    """The most common, and those that differ, as peft's patterns by module."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    return common, {f"^{re.escape(name)}": value for name, value in values.items() if value != common}
 
 
 def adapters_in(host: Host) -> set[str]:

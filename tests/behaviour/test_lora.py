@@ -605,3 +605,15 @@ def test_models_of_transformers_and_peft(tmp_path, wrapped):
     (tmp_path / "0" / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 12}))
     assert nbcache.load_lora(model, folders[0], adapter="ours").found == "converted"  # the alpha is another
     torch.testing.assert_close(logits(model), logits(PeftModel.from_pretrained(language_model(), folders[0])))
+
+
+def test_what_was_swapped_in_can_be_saved_and_loaded_by_stock(write, tmp_path):
+    pipe = flux()
+    first = write.diffusers("a", pipe, only="transformer")
+    second = write.diffusers("b", pipe, rank=8, only="transformer", alpha=3.0)
+    nbcache.load_lora(pipe, first)
+    nbcache.load_lora(pipe, second)
+    pipe.transformer.save_lora_adapter(tmp_path / "saved", adapter_name="default")
+    other = flux()
+    other.transformer.load_lora_adapter(str(tmp_path / "saved"), prefix=None, adapter_name="default", use_safetensors=True)
+    assert same(outputs(other), outputs(stock(flux(), second)))
