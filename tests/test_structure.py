@@ -74,6 +74,7 @@ INNER_RANKS: dict[str, dict[str, int]] = {
         "lora_convert": 0,
         "lora_fuse": 0,
         "lora_cache": 1,
+        "lora_host": 1,
         "lora_slots": 1,
         "lora_plan": 2,
         "lora_inject": 2,

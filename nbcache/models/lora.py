@@ -22,7 +22,7 @@ from nbcache.errors import AdapterNotFound, InvalidOption, LoraError
 from nbcache.models import lora_inject
 from nbcache.models.lora_cache import Lora, find_lora
 from nbcache.models.lora_convert import Recipe
-from nbcache.models.lora_inject import Host, host_of
+from nbcache.models.lora_host import Host, host_of
 from nbcache.models.lora_plan import Plan, plan_of
 from nbcache.models.lora_slots import Arena
 
