@@ -1,8 +1,8 @@
 """nbcache keeps model weights alive across kernel restarts.
 
 ``%load_ext nbcache`` in a notebook, then ``w = %load_weights model.safetensors``; or the same in Python: :func:`load`,
-:func:`load_model`, :func:`put`, :func:`status`, :func:`evict`, :func:`pin`, :func:`unpin`. See :mod:`nbcache.errors` for what
-they raise.
+:func:`load_model`, :func:`put`, :func:`status`, :func:`evict`, :func:`pin`, :func:`unpin`; and for the LoRAs of a pipeline
+:func:`load_lora`, :func:`set_lora`, :func:`unload_lora`. See :mod:`nbcache.errors` for what they raise.
 
 :func:`enable`, :func:`disable` and :func:`enabled` serve unchanged programs: ordinary ``from_pretrained`` and ``load_file``.
 
@@ -27,12 +27,22 @@ __all__ = [
     "evict_all",
     "free_gpu",
     "load",
+    "load_lora",
     "load_model",
     "pin",
     "put",
+    "set_lora",
     "status",
+    "unload_lora",
     "unpin",
 ]
+
+_HOMES = {
+    "load_model": "nbcache.models.api",
+    **dict.fromkeys(("enable", "disable", "enabled"), "nbcache.models.hooks"),
+    **dict.fromkeys(("load_lora", "set_lora", "unload_lora"), "nbcache.models.lora"),
+}
+"""Where public functions live that are not in the client's API."""
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
@@ -43,6 +53,7 @@ if TYPE_CHECKING:
     from nbcache.errors import NBCacheError
     from nbcache.models.api import load_model
     from nbcache.models.hooks import disable, enable, enabled
+    from nbcache.models.lora import load_lora, set_lora, unload_lora
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401
@@ -54,10 +65,7 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401
         return importlib.import_module("nbcache.errors")
     if name == "NBCacheError":
         return importlib.import_module("nbcache.errors").NBCacheError
-    if name in ("enable", "disable", "enabled"):
-        return getattr(importlib.import_module("nbcache.models.hooks"), name)
-    room = "nbcache.models.api" if name == "load_model" else "nbcache.client.api"
-    return getattr(importlib.import_module(room), name)
+    return getattr(importlib.import_module(_HOMES.get(name, "nbcache.client.api")), name)
 
 
 def __dir__() -> list[str]:

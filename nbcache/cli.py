@@ -365,6 +365,23 @@ def bench_restart(
     _print(result if as_json else render_restart(result))
 
 
+@bench.command("lora")
+def bench_lora(
+    runs: Annotated[int, typer.Option(min=1, help="Swaps of each kind.")] = 7,
+    swaps: Annotated[int, typer.Option(min=1, help="Random swaps, after which nothing may have grown.")] = 200,
+    save: Annotated[Path | None, typer.Option(help="Also write the JSON document to this file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """LoRAs into a live pipeline of FLUX's shape (24 GB of GPU memory), beside diffusers' own loader and hotswap."""
+    from nbcache.bench.lora import measure_lora
+    from nbcache.bench.tables import render_lora
+
+    result = measure_lora(runs=runs, swaps=swaps, on_step=_print_step)
+    if save:
+        save.write_bytes(msgspec.json.format(msgspec.json.encode(result)))
+    _print(result if as_json else render_lora(result))
+
+
 def _print_step(text: str) -> None:
     print(text, file=sys.stderr, flush=True)  # noqa: T201
 

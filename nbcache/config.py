@@ -47,6 +47,12 @@ class NBCache(Configurable):
         "extension is loaded. Environment: NBCACHE_SERVE_FROM_PRETRAINED.",
     ).tag(config=True)
 
+    lora_gpu_limit = Unicode(
+        "4GiB",
+        help="Most GPU memory that LoRAs a kernel has used may take to stay hot, such as 4GiB; the rest is in pinned host "
+        "memory. Environment: NBCACHE_LORA_GPU_LIMIT.",
+    ).tag(config=True)
+
     start_timeout_s = Float(
         20.0, help="Seconds to wait for a daemon that is being started. Environment: NBCACHE_START_TIMEOUT_S."
     ).tag(config=True)
@@ -106,6 +112,10 @@ class NBCache(Configurable):
     def _default_gpu_low_watermark(self) -> str:
         return os.environ.get("NBCACHE_GPU_LOW_WATERMARK", "2GB")
 
+    @default("lora_gpu_limit")
+    def _default_lora_gpu_limit(self) -> str:
+        return os.environ.get("NBCACHE_LORA_GPU_LIMIT", "4GiB")
+
     @default("start_timeout_s")
     def _default_start_timeout_s(self) -> float:
         return _float_from_environment("NBCACHE_START_TIMEOUT_S", 20.0)
@@ -114,7 +124,7 @@ class NBCache(Configurable):
     def _default_reply_timeout_s(self) -> float:
         return reply_timeout_s()
 
-    @validate("host_limit", "gpu_low_watermark")
+    @validate("host_limit", "gpu_low_watermark", "lora_gpu_limit")
     def _check_size(self, proposal: Any) -> str:  # noqa: ANN401 - traitlets gives a bunch
         value: str = proposal["value"]
         try:
@@ -150,6 +160,15 @@ def check_names(names: Iterable[str]) -> None:
 def reply_timeout_s() -> float:
     """What ``NBCache.reply_timeout_s`` starts from. Asked by each load, which should not pay 0.2 ms for a Configurable."""
     return _float_from_environment("NBCACHE_REPLY_TIMEOUT_S", 20.0)
+
+
+def lora_gpu_limit_bytes() -> int:
+    """What ``NBCache.lora_gpu_limit`` comes to. Asked by each swap that maps a LoRA."""
+    text = os.environ.get("NBCACHE_LORA_GPU_LIMIT", "4GiB")
+    try:
+        return parse_size(text)
+    except InvalidOption as error:
+        raise InvalidOption(f"NBCache.lora_gpu_limit (NBCACHE_LORA_GPU_LIMIT): {error}") from error
 
 
 def _float_from_environment(name: str, otherwise: float) -> float:

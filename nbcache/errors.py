@@ -23,6 +23,10 @@
     ├── DriverError                the GPU driver refused something
     ├── InvalidName                a name that cannot be a name
     ├── InvalidOption              a device, share mode, dtype or size that does not exist
+    ├── LoraError                  a LoRA, and the pipeline it was to go into
+    │   ├── LoraMismatch             it was made for another architecture
+    │   ├── LoraFused                the adapter is fused into the base weights
+    │   └── AdapterNotFound          the pipeline has no adapter of that name
     ├── WeightsReleased            a released ``Weights`` was asked for a tensor
     ├── DaemonError                the companion process
     │   ├── DaemonUnavailable        it does not run and could not be started
@@ -123,6 +127,22 @@ class InvalidName(NBCacheError):
 
 class InvalidOption(NBCacheError):
     """A device, share mode, dtype or size that does not exist."""
+
+
+class LoraError(NBCacheError):
+    """A LoRA cannot go into, or be changed in, the pipeline that was named. The pipeline is as it was."""
+
+
+class LoraMismatch(LoraError):
+    """The LoRA was made for another architecture than the pipeline's."""
+
+
+class LoraFused(LoraError):
+    """The adapter is fused into the base weights, where it can be neither swapped nor scaled nor taken out."""
+
+
+class AdapterNotFound(LoraError):
+    """The pipeline has no adapter of that name."""
 
 
 class WeightsReleased(NBCacheError):

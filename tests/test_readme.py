@@ -116,7 +116,9 @@ def test_commands_and_magics_in_the_text_exist():
     named = set(re.findall(r"`nbcache (\w+)", text))
     assert named
     assert named <= commands
-    assert set(re.findall(r"`%(\w+)", text)) <= {"load_ext", "load_weights", "nbcache", "save_weights", "weights"}
+    assert set(re.findall(r"`%(\w+)", text)) <= {
+        "load_ext", "load_lora", "load_weights", "nbcache", "save_weights", "unload_lora", "weights",
+    }  # fmt: skip
     targets = set(re.findall(r"^(\w+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"`make (\w+)", text)) <= targets
 

@@ -109,6 +109,14 @@ INNER_RANKS: dict[str, dict[str, int]] = {
         "single_file": 4,
         "assembly": 5,
         "api": 6,
+        "lora_convert": 0,
+        "lora_fuse": 0,
+        "lora_cache": 1,
+        "lora_host": 1,
+        "lora_slots": 1,
+        "lora_plan": 2,
+        "lora_inject": 2,
+        "lora": 3,
     },
     "jupyter": {
         "display": 0,
@@ -441,7 +449,7 @@ def test_the_probe_sees_torch_when_it_is_there():
 
 SURFACE = {
     "NBCacheError", "Weights", "__version__", "disable", "enable", "enabled", "errors", "evict", "evict_all", "free_gpu",
-    "load", "load_model", "pin", "put", "status", "unpin",
+    "load", "load_lora", "load_model", "pin", "put", "set_lora", "status", "unload_lora", "unpin",
 }  # fmt: skip
 
 
@@ -477,5 +485,6 @@ def test_a_name_that_is_not_public_is_an_attribute_error():
 
 def test_the_package_names_itself_in_its_docstring_functions():
     """The module's docstring presents the functions that a user calls."""
-    for name in ("load", "load_model", "put", "status", "evict", "pin", "unpin", "enable", "disable", "enabled"):
+    names = ("load", "load_model", "put", "status", "evict", "pin", "unpin", "enable", "disable", "enabled")
+    for name in (*names, "load_lora", "set_lora", "unload_lora"):
         assert f":func:`{name}`" in nbcache.__doc__

@@ -1,4 +1,4 @@
-"""The GPU report as a person reads it."""
+"""The reports of a GPU as a person reads them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from nbcache.bench.disk import COLD_SHARE
 from nbcache.bench.gpu import GpuReport, Load
+from nbcache.bench.lora import LoraReport
 from nbcache.bench.peers import Peer
 from nbcache.units import format_duration, format_size
 
@@ -14,6 +15,60 @@ from nbcache.units import format_duration, format_size
 def render_gpu(report: GpuReport) -> str:
     """The report as lines of text."""
     return "\n".join(_lines(report))
+
+
+def render_lora(report: LoraReport) -> str:
+    """The report as lines of text."""
+    return "\n".join(_lora_lines(report))
+
+
+def _lora_lines(report: LoraReport) -> Iterator[str]:
+    versions = ", ".join(f"{package} {version}" for package, version in report.versions.items())
+    yield f"{report.card.name}, link {_rate(report.card.link_per_s)}; {versions}"
+    yield "from the call to a pipeline that uses the LoRA, device synchronised; ms, medians of several, (most)"
+    yield ""
+    header = (
+        "LoRA",
+        "size",
+        "stock load",
+        "hotswap",
+        "first",
+        "first, pinned",
+        "first, hot",
+        "swap, pinned",
+        "swap, hot",
+    )
+    rows = [
+        (
+            f"{row.name}, {row.tensors} tensors",
+            format_size(row.nbytes),
+            _ms(row.stock_load_s),
+            _spread(row.stock_hotswap_s),
+            _ms(row.first_converted_s),
+            _ms(row.first_pinned_s),
+            _ms(row.first_hot_s),
+            _spread(row.swap_pinned_s),
+            _spread(row.swap_hot_s),
+            f"{row.ratio:.0f}x",
+            "as stock" if row.equal else "OTHER THAN STOCK",
+        )
+        for row in report.rows
+    ]
+    yield from _columns([(*header, "over hotswap", "output"), *rows])
+    yield ""
+    churn = report.churn
+    gpu = "" if churn.gpu_bytes is None else f", of the GPU beside slabs {format_size(max(0, churn.gpu_bytes))}"
+    each = format_duration(churn.seconds / churn.swaps)
+    yield f"{churn.swaps} random swaps among {churn.loras}: {each} each, {churn.hot} hot"
+    yield (
+        f"growth: reserved by torch {format_size(max(0, churn.torch_bytes))}{gpu}, of this process "
+        f"{format_size(max(0, churn.rss_bytes))}, of the cache {format_size(max(0, churn.cache_bytes))}"
+    )
+    yield f"then the output is {'that of' if churn.equal else 'OTHER THAN'} a fresh stock load"
+
+
+def _spread(seconds: Sequence[float]) -> str:
+    return f"{_ms(statistics.median(seconds))} ({_ms(max(seconds))})"
 
 
 def _lines(report: GpuReport) -> Iterator[str]:

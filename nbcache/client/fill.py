@@ -257,17 +257,19 @@ def _stage(session: Session, checkpoint: Checkpoint, on_progress: ProgressCallba
         description.close()
 
 
-def put_bytes(name: str, manifest: Manifest, write: Callable[[mmap.mmap], None]) -> Grant:
+def put_bytes(name: str, manifest: Manifest, write: Callable[[mmap.mmap], None], derived: bool = False) -> Grant:
     """Keep an entry that no file has: ``write`` fills a shared map of it with the tensors at their places.
 
-    The map must not outlive ``write``. InvalidName, HostMemoryFull; if ``write`` raises, nothing is kept.
+    ``derived`` says that it can be made again, so policy may evict it. The map must not outlive ``write``.
+
+    InvalidName, HostMemoryFull; if ``write`` raises, nothing is kept.
     """
     _check_speakable(name)
     session = Session.open()
     try:
         manifest_fd = seal_bytes("manifest", encode_manifest(manifest))
         try:
-            _, (block_fd,) = expect(session.request(m.Reserve(name), (manifest_fd,)), m.Reserved)
+            _, (block_fd,) = expect(session.request(m.Reserve(name, derived), (manifest_fd,)), m.Reserved)
         finally:
             os.close(manifest_fd)
         block = SharedBlock(block_fd, manifest.extent_bytes)

@@ -22,6 +22,14 @@ class NotServed(UserWarning):
     """A stock loader was to be served from the cache, and was not; it loaded as it always does."""
 
 
+class LoraReinjected(UserWarning):
+    """A LoRA did not fit into what was prepared for swapping; the adapter was injected anew."""
+
+
+class LoraIncomplete(UserWarning):
+    """The pipeline lacks some of a LoRA's modules; they were left out."""
+
+
 def notify(category: type[UserWarning], message: str) -> None:
     """Warn at the nearest caller outside this package."""
     level, frame = 1, sys._getframe()

@@ -224,7 +224,8 @@ class Service:
         check_name(reserve.name, path=False)
         if manifest.members:
             raise ProtocolError("a put entry with files")
-        entry = _new_entry("put-" + secrets.token_hex(16), reserve.name, "put", manifest)
+        provenance = "derived" if reserve.derived else "put"
+        entry = _new_entry(f"{provenance}-{secrets.token_hex(16)}", reserve.name, provenance, manifest)
         self._holdings.free(self._store.fill(entry, SHARED, entry.extent_bytes))
         self._tiers.keep_manifest(entry.key, descriptors.pop())
         with self._holdings.undone_on_error(entry.key, SHARED):

@@ -182,7 +182,7 @@ class Store:
     # Eviction
 
     def plan_eviction(self, need_bytes: int, name: str) -> Residences:
-        """Which idle host copies of ``file`` entries give way: superseded ones first, then the least recently used.
+        """Which idle host copies, but those of ``put`` entries, give way: superseded ones first, then the least recently used.
 
         HostMemoryFull, with what is in the way, if they do not suffice.
         """
@@ -203,7 +203,7 @@ class Store:
         return [
             (entry, residence)
             for entry, residence in self._residences()
-            if residence.place.on_host and residence.idle and not entry.pinned and entry.provenance == "file"
+            if residence.place.on_host and residence.idle and not entry.pinned and entry.provenance != "put"
         ]
 
     def _host_full(self, name: str, need_bytes: int, limit: int) -> str:
@@ -277,7 +277,7 @@ class Store:
         going, kept = [], []
         for entry in self.entries.values():
             busy = next((residence for residence in entry.residences.values() if not residence.idle), None)
-            if busy is None and not entry.pinned and entry.provenance == "file":
+            if busy is None and not entry.pinned and entry.provenance != "put":
                 going.append(entry.key)
             else:
                 kept.append(self._why_kept(entry, busy or next(iter(entry.residences.values()))))

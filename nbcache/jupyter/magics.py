@@ -1,4 +1,4 @@
-"""``%load_weights``, ``%save_weights``, ``%weights``: the Python API, typed into a cell.
+"""``%load_weights``, ``%save_weights``, ``%load_lora``, ``%weights``: the Python API, typed into a cell.
 
 Errors of nbcache become a ``UsageError``: one line, no traceback, the same words as in the API and on the command line.
 """
@@ -27,7 +27,7 @@ from nbcache.client.weights import Weights, alive
 from nbcache.config import NBCache
 from nbcache.errors import EntryInUse, NBCacheError
 from nbcache.jupyter.completer import MagicCompleter
-from nbcache.jupyter.display import count_sharers, idle_slab_bytes, model_summary, short_name, summary
+from nbcache.jupyter.display import count_sharers, idle_slab_bytes, lora_summary, model_summary, short_name, summary
 from nbcache.jupyter.learning import Learner
 from nbcache.jupyter.panels import StatusView
 from nbcache.jupyter.progress import Progress, find_screen
@@ -149,6 +149,45 @@ class NBCacheMagics(Magics):
         start = time.perf_counter()
         weights = api.put(_unquoted(name), self._shell.ev(expression.strip()))
         self.say(summary(weights, time.perf_counter() - start, "saved"))
+
+    @_one_line_errors
+    @magic_arguments()
+    @argument("name", metavar="NAME", help="The path of a LoRA: a .safetensors file, or a folder with one.")
+    @argument("pipe", metavar="PIPE", help="The pipeline or model: a variable, or any expression without blanks.")
+    @argument("--scale", type=float, default=1.0, metavar="S", help="What to multiply its effect by. Default: 1.")
+    @argument("--adapter", default="default", metavar="A", help="Which adapter it is to be, for several at once.")
+    @line_magic
+    def load_lora(self, line: str) -> None:
+        """Put a LoRA into a pipeline, in the place of the one that the adapter had.
+
+        Examples::
+
+            %load_lora ~/loras/pixel-art.safetensors pipe
+            %load_lora ~/loras/sketch.safetensors pipe --scale 0.8 --adapter style
+        """
+        from nbcache.models.lora import load_lora
+
+        args = parse_argstring(self.load_lora, line)
+        loaded = load_lora(self._shell.ev(_unquoted(args.pipe)), _unquoted(args.name), args.scale, _unquoted(args.adapter))
+        self.say(lora_summary(loaded))
+
+    @_one_line_errors
+    @magic_arguments()
+    @argument("pipe", metavar="PIPE", help="The pipeline or model: a variable, or any expression without blanks.")
+    @argument("adapter", nargs="?", metavar="A", help="The adapter to take out. Default: all that were put in by %%load_lora.")
+    @line_magic
+    def unload_lora(self, line: str) -> None:
+        """Take LoRAs out of a pipeline.
+
+        Examples::
+
+            %unload_lora pipe
+            %unload_lora pipe style
+        """
+        from nbcache.models.lora import unload_lora
+
+        args = parse_argstring(self.unload_lora, line)
+        unload_lora(self._shell.ev(_unquoted(args.pipe)), _unquoted(args.adapter) if args.adapter else None)
 
     @_one_line_errors
     @magic_arguments()

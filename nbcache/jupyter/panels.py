@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from html import escape
 
 from nbcache.errors import NBCacheError
-from nbcache.jupyter.display import device_names, render_status, short_name, where
+from nbcache.jupyter.display import device_names, made_how, render_status, short_name, where
 from nbcache.manifest import Manifest
 from nbcache.pages import TensorRow, bar, details, page, table, tag, tensor_table
 from nbcache.protocol.messages import EntryStatus, Status
@@ -56,7 +56,7 @@ def _tiers(status: Status) -> str:
 
 def _row(entry: EntryStatus, gpus: Mapping[str, str], private_bytes: int) -> tuple[str, ...]:
     users = dict.fromkeys(f"{short_name(lease.label) or 'process'} (pid {lease.pid})" for lease in entry.used_by)
-    remarks = [word for word, holds in (("pinned", entry.pinned), ("saved", entry.provenance == "put")) if holds]
+    remarks = [word for word in ("pinned" if entry.pinned else "", made_how(entry)) if word]
     name = f'<b title="{escape(entry.name)}">{escape(short_name(entry.name))}</b> {" ".join(map(tag, remarks))}'
     if entry.host == "staging":
         name += f' <span class="small">{bar(entry.staged_bytes, entry.bytes)}</span>'

@@ -69,10 +69,14 @@ class Files(Message, frozen=True, tag="files"):
 
 
 class Reserve(Message, frozen=True, tag="reserve"):
-    """Client: memory for an entry that it will fill itself. Descriptor: the manifest. Answered by Reserved."""
+    """Client: memory for an entry that it will fill itself. Descriptor: the manifest. Answered by Reserved.
+
+    ``derived``: made of something that it can be made of again, so policy may evict it.
+    """
 
     DESCRIPTORS = (1, 1)
     name: str
+    derived: bool = False
 
 
 class Commit(Message, frozen=True, tag="commit"):

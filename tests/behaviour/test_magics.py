@@ -210,3 +210,31 @@ def test_interrupted_load(runtime_dir, checkpoint, tmp_path):
         assert kernel.run(LEASES) == "0"
         assert kernel.run(f"w = %load_weights {big}\nlen(w['w']), w['w'][-1].item()") == f"({size}, 0)"
         assert torch.equal(nbcache.load(str(big), device="cpu")["w"][:100], torch.zeros(100, dtype=torch.uint8))
+
+
+def test_loras_by_magic(runtime_dir, tmp_path):
+    from tests.support.loras import Writer, flux
+
+    write = Writer(tmp_path)
+    write.diffusers("first", flux(), only="transformer")
+    write.diffusers("second", flux(), rank=8, only="transformer")
+    wrong = write.diffusers("wrong", flux(heads=4), only="transformer")
+    with Kernel() as kernel:
+        kernel.run(f"%load_ext nbcache\n%cd -q {tmp_path}\nimport sys\nsys.path.insert(0, {str(REPOSITORY)!r})")
+        kernel.run("from tests.support.loras import flux\npipe = flux()")
+        line = kernel.run("%load_lora first.safetensors pipe")
+        assert line.startswith("first.safetensors: 20 modules of rank 4, ")
+        assert ", injected as adapter default in " in line
+        assert line.endswith("(converted)")
+        line = kernel.run("%load_lora 'second.safetensors' pipe --scale 0.5")
+        assert ": 20 modules of rank 8, " in line
+        assert ", swapped as adapter default at 0.5 in " in line
+        kernel.run("%load_lora first.safetensors pipe --adapter more")
+        assert kernel.run("pipe.get_active_adapters()") == "['default', 'more']"
+        kernel.run("%unload_lora pipe more")
+        assert kernel.run("pipe.get_active_adapters()") == "['default']"
+        kernel.run("%unload_lora pipe")
+        assert kernel.run("pipe.get_list_adapters()") == "{}"
+        assert_usage_error(kernel.try_run(f"%load_lora {wrong} pipe"), "wrong.safetensors", "the pipeline is as it was")
+        assert_usage_error(kernel.try_run("%unload_lora pipe more"), "no adapter 'more'", "loaded: none")
+        assert_usage_error(kernel.try_run("%load_lora missing.safetensors pipe"), "no such file")

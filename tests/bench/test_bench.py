@@ -18,6 +18,7 @@ from nbcache.bench import disk, flux, kernel
 from nbcache.bench.gpu import GpuReport, measure_gpu
 from nbcache.bench.host import Attach, Stage, measure_attach, measure_stage, render_attach, render_stage
 from nbcache.bench.isolation import own_daemon, run_fresh
+from nbcache.bench.lora import Shape, measure_lora
 from nbcache.bench.models import measure_models, render_models
 from nbcache.bench.peers import RIVALS, Peer, Rival, measure_peers
 from nbcache.bench.pipeline import CLIP, FULL_BYTES, T5, TRANSFORMER, VAE, shapes_of, write_pipeline
@@ -382,3 +383,27 @@ def test_comparison_finds_a_missing_and_a_changed_tensor(tmp_path):
     del tensors["layer.1"]
     assert kernel.compare(tensors, [path]).differing == ("layer.0", "layer.1")
     assert not kernel.compare({}, []).equal
+
+
+TINY_FLUX = Shape(heads=2, head=16, double_blocks=2, single_blocks=2, channels=8, text=32, pooled=32, axes=(4, 4, 8))
+
+
+def test_lora_is_measured_beside_the_stock_loader_and_equals_it(emulated, monkeypatch):
+    from nbcache.bench.tables import render_lora
+
+    monkeypatch.setenv("NBCACHE_LORA_GPU_LIMIT", "200kB")
+    steps = []
+    report = measure_lora((95_000, 60_000), TINY_FLUX, runs=3, swaps=12, probe_bytes=1 << 20, on_step=steps.append)
+    assert [row.name for row in report.rows] == ["rank 10", "rank 7", "kohya"]
+    for row in report.rows:
+        assert row.equal
+        assert min(row.stock_load_s, row.first_converted_s, row.first_pinned_s, row.first_hot_s) > 0
+        assert (len(row.stock_hotswap_s), len(row.swap_pinned_s), len(row.swap_hot_s)) == (3, 3, 3)
+    assert report.rows[0].tensors == report.rows[1].tensors
+    assert report.churn.equal
+    assert report.churn.cache_bytes == 0
+    assert 0 < report.churn.hot < 12  # some had to leave for others
+    assert len(steps) == 4
+    text = render_lora(report)
+    assert text.count("as stock") == 3
+    assert "12 random swaps among 3" in text

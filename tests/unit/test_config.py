@@ -281,3 +281,19 @@ def test_a_path_of_wide_characters_counts_in_bytes(tmp_path):
 def test_a_long_path_without_its_directory_is_an_os_error(tmp_path):
     with pytest.raises(FileNotFoundError), SocketAddress(tmp_path / ("d" * 120) / "s"):
         raise AssertionError("unreachable")
+
+
+def test_the_limit_of_hot_loras_is_a_size(monkeypatch):
+    from nbcache.config import lora_gpu_limit_bytes
+
+    monkeypatch.delenv("NBCACHE_LORA_GPU_LIMIT", raising=False)
+    assert lora_gpu_limit_bytes() == 4 << 30
+    assert NBCache().lora_gpu_limit == "4GiB"
+    monkeypatch.setenv("NBCACHE_LORA_GPU_LIMIT", "500MB")
+    assert lora_gpu_limit_bytes() == 500_000_000
+    assert NBCache().lora_gpu_limit == "500MB"
+    monkeypatch.setenv("NBCACHE_LORA_GPU_LIMIT", "much")
+    with pytest.raises(InvalidOption, match=r"NBCache\.lora_gpu_limit \(NBCACHE_LORA_GPU_LIMIT\)"):
+        lora_gpu_limit_bytes()
+    with pytest.raises(TraitError, match="lora_gpu_limit"):
+        NBCache(lora_gpu_limit="much")

@@ -350,6 +350,12 @@ def test_no_more_goes_than_must(shelf):
     assert shelf.store.used_bytes == 10 * GB
 
 
+def test_what_is_derived_goes_as_files_do(shelf):
+    shelf.put_in("derived", 2 * GB, "derived", "converted")
+    assert shelf.store.evictable_by_all() == (["derived"], [])
+    assert shelf.put_in("large", 9 * GB) == ["derived"]
+
+
 def test_what_is_put_leased_pinned_or_filling_never_goes(shelf):
     shelf.put_in("put", 2 * GB, "put", "put")
     shelf.put_in("leased", 2 * GB)

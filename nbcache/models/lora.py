@@ -1,0 +1,265 @@
+"""LoRAs of a pipeline: put in, swapped, scaled, taken out.
+
+The functions of the API, and the rack: which adapters of ours a model has, and how far each is turned up. What is cached is the
+cache's to know, where matrices go the plan's, what peft does the injection's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from nbcache.client.notices import LoraIncomplete, LoraReinjected, notify
+from nbcache.errors import AdapterNotFound, InvalidOption, LoraError
+from nbcache.models import lora_inject
+from nbcache.models.lora_cache import Lora, find_lora
+from nbcache.models.lora_convert import Recipe
+from nbcache.models.lora_host import Host, host_of
+from nbcache.models.lora_plan import Plan, plan_of
+from nbcache.models.lora_slots import Arena
+
+ADAPTER = "default"
+"""The adapter where none is named."""
+
+
+@dataclass(frozen=True)
+class LoadedLora:
+    """What a :func:`load_lora` came to. ``how``: ``injected`` or ``swapped``; ``found``: ``converted``, ``cached`` or ``hot``.
+
+    ``seconds`` is until the call returned; a GPU may still be copying then, in its stream's order.
+    """
+
+    name: str
+    adapter: str
+    scale: float
+    modules: int
+    rank: int
+    nbytes: int
+    how: str
+    found: str
+    seconds: float
+
+
+@dataclass
+class _Adapter:
+    """An adapter of ours."""
+
+    plan: Plan
+    source: str
+    scale: float
+    replaces: bool
+
+
+@dataclass
+class Rack:
+    """The adapters of ours that one model has, in the order they came."""
+
+    adapters: dict[str, _Adapter] = field(default_factory=dict)
+
+    def forget(self, name: str) -> None:
+        """An adapter is no more."""
+        self.adapters.pop(name, None)
+
+
+_racks: weakref.WeakKeyDictionary[nn.Module, Rack] = weakref.WeakKeyDictionary()
+
+
+def rack_of(host: Host) -> Rack:
+    """The rack of a pipeline's denoiser, or of a model. Adapters that others took out or replaced are forgotten."""
+    rack = _racks.setdefault(host.root, Rack())
+    for name in [name for name, adapter in rack.adapters.items() if not adapter.plan.stands]:
+        rack.forget(name)
+    return rack
+
+
+@torch.no_grad()
+def load_lora(pipe: object, name: str | os.PathLike[str], scale: float = 1.0, adapter: str = ADAPTER) -> LoadedLora:
+    """Put a LoRA into a pipeline, in the place of the one that the adapter had.
+
+    The first LoRA of an adapter is injected by diffusers or peft; each later one is written in its place. Other adapters keep
+    what they have, and take part as before.
+
+    Parameters
+    ----------
+    pipe : a pipeline of diffusers (FLUX, SD3, SDXL, SD1.5 and others), or a model of transformers or peft
+    name : a ``.safetensors`` file, or a folder with one, in any layout that diffusers converts
+    scale : what to multiply its effect by
+    adapter : which adapter it is to be, for :func:`set_lora` and for several at once
+
+    Raises
+    ------
+    LoraMismatch, naming the first modules that differ: it was made for another model. LoraFused, LoraError. CheckpointError
+    and its kinds, UnsupportedFormat, HostMemoryFull, DeviceMemoryFull, DaemonError. After any of them the pipeline
+    is as it was.
+    """
+    start = time.perf_counter()
+    _check_names(adapter, scale)
+    host = host_of(pipe)
+    rack = rack_of(host)
+    held = rack.adapters.get(adapter)
+    if held is None and adapter in lora_inject.adapters_in(host):
+        raise LoraError(f"adapter {adapter!r} was loaded by other means; choose another name, or delete it first")
+    if held is not None:
+        held.plan.check_unfused()
+        for part in held.plan.parts:
+            part.compiled = part.component in host.compiled
+    lora = find_lora(name, host.family, host.device)
+    if held is None or held.plan.misfit(lora):
+        lora = _without_missing(lora, host)
+    swaps = held is not None and _fits(held, lora, host)
+    if swaps and held is not None:
+        held.plan.write(lora, scale)
+        held.source, held.scale = lora.source, scale
+    else:
+        _inject(host, rack, adapter, lora, scale)
+    if not any(part.padded for part in rack.adapters[adapter].plan.parts):  # padded: the configuration has the target rank
+        lora_inject.note_config(host, adapter, lora)
+    return LoadedLora(
+        lora.source, adapter, scale, len(lora.ranks), max(lora.ranks.values()), lora.nbytes,
+        "swapped" if swaps else "injected", lora.how, time.perf_counter() - start,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def set_lora(pipe: object, scales: Mapping[str, float]) -> None:
+    """Let exactly these adapters take part, each with its scale; others stay loaded and add nothing.
+
+    AdapterNotFound for one that :func:`load_lora` did not load; LoraFused; InvalidOption.
+    """
+    host = host_of(pipe)
+    rack = rack_of(host)
+    for name, scale in scales.items():
+        _check_names(name, scale)
+        _held(rack, name).plan.check_unfused()
+    for name, scale in scales.items():
+        held = rack.adapters[name]
+        held.plan.scale(scale)
+        held.scale = scale
+    if lora_inject.active_in(host) != list(scales):
+        lora_inject.activate(host, list(scales))
+
+
+@torch.no_grad()
+def unload_lora(pipe: object, adapter: str | None = None) -> None:
+    """Take an adapter out of a pipeline, or all that :func:`load_lora` put there. With the last, the models are as before.
+
+    AdapterNotFound; LoraFused if it is fused into the base weights.
+    """
+    host = host_of(pipe)
+    rack = rack_of(host)
+    names = list(rack.adapters) if adapter is None else [adapter]
+    for name in names:
+        _held(rack, name).plan.check_unfused()
+    if names:
+        staying = [name for name in lora_inject.active_in(host) if name not in names]
+        lora_inject.take_out(host, names)
+        lora_inject.activate(host, staying)
+    for name in names:
+        rack.forget(name)
+
+
+def _held(rack: Rack, name: str) -> _Adapter:
+    try:
+        return rack.adapters[name]
+    except KeyError:
+        known = ", ".join(rack.adapters) or "none"
+        raise AdapterNotFound(f"no adapter {name!r} was loaded with load_lora here; loaded: {known}") from None
+
+
+def _check_names(adapter: str, scale: float) -> None:
+    if not isinstance(adapter, str) or not adapter or "." in adapter:
+        raise InvalidOption(f"adapter {adapter!r}: a name without a dot")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise InvalidOption(f"scale {scale!r} of adapter {adapter!r}: not a finite number")
+
+
+def _fits(held: _Adapter, lora: Lora, host: Host) -> bool:
+    """Whether a LoRA can be written in the adapter's place; says so if that was prepared for and it cannot."""
+    if held.replaces or lora_inject.replaces_parameters(lora, host):
+        return False
+    reason = held.plan.misfit(lora)
+    if reason and any(part.fixed for part in held.plan.parts):
+        notify(LoraReinjected, f"{lora.source}: {reason}; the adapter is injected anew, and compiled again where it was")
+    return not reason
+
+
+def _without_missing(lora: Lora, host: Host) -> Lora:
+    """The LoRA without the modules that the models lack, as the stock loaders ignore them; with a warning."""
+    missing = lora_inject.check_fits(lora, host)
+    if not missing:
+        return lora
+    first, total = missing[0], len(lora.ranks)
+    notify(LoraIncomplete, f"{lora.source}: the pipeline lacks {len(missing)} of its {total} modules, such as {first}")
+    gone = set(missing)
+    alphas = {name: alpha for name, alpha in lora.recipe.alphas.items() if name not in gone}
+    return dataclasses.replace(
+        lora,
+        entry=f"{lora.entry} without {len(gone)}",
+        tensors={name: tensor for name, tensor in lora.tensors.items() if name.rpartition(".lora_")[0] not in gone},
+        ranks={name: lora.ranks[name] for name in alphas},
+        recipe=Recipe(alphas, lora.recipe.rooted, lora.recipe.others),
+    )
+
+
+def _inject(host: Host, rack: Rack, adapter: str, lora: Lora, scale: float) -> None:
+    """Inject an adapter that is large enough for the LoRA, and for every module that it had before; then write the LoRA.
+
+    If that fails, what the adapter had before is put back.
+    """
+    from nbcache.models.lora_fuse import keep_bases  # needs peft, of whose absence host_of speaks
+
+    held = rack.adapters.get(adapter)
+    lora_inject.check_unfused(host)
+    active = [name for name in lora_inject.active_in(host) if name != adapter]
+    state, arenas = _room(host, lora, held.plan if held else None)
+    if held is not None:
+        lora_inject.take_out(host, [adapter])
+        rack.forget(adapter)
+        for part in held.plan.parts:
+            if part.padded:
+                lora_inject.pad_again(host, part.component, max(part.rank, *lora.ranks.values()))
+    try:
+        lora_inject.inject(host, adapter, state)
+        del state
+        plan = plan_of(adapter, host.components)
+        for part in plan.parts:
+            part.arena = arenas.get(part.component)
+        plan.write(lora, scale)
+    except BaseException:
+        if held is not None:
+            _inject(host, rack, adapter, find_lora(held.source, host.family, host.device), held.scale)
+        raise
+    keep_bases(target.layer for target in plan.targets)
+    rack.adapters[adapter] = _Adapter(plan, lora.source, scale, lora_inject.replaces_parameters(lora, host))
+    lora_inject.activate(host, [*active, adapter])
+
+
+def _room(host: Host, lora: Lora, former: Plan | None) -> tuple[dict[str, torch.Tensor], dict[str, Arena]]:
+    """Zeros of the LoRA's shapes, and of rank one for modules that only the former had, of the models' dtypes and devices.
+
+    On a GPU in arenas, one a component, which the adapter then keeps. What replaces parameters comes as a copy of its own.
+    """
+    state = {name: lora.tensors[name].clone() for name in lora.recipe.others}
+    shapes = {name: tuple(tensor.shape) for name, tensor in lora.tensors.items() if name not in state}
+    shapes = (former.least if former is not None else {}) | shapes
+    arenas = {part.component: part.arena for part in former.parts if part.arena is not None} if former is not None else {}
+    for component in host.components:
+        mine = {name: shape for name, shape in shapes.items() if name.startswith(f"{component}.")}
+        bases = {name: lora_inject.base_weight(host, name.rpartition(".lora_")[0]) for name in mine}
+        device = next((base.device for base in bases.values()), torch.device("cpu"))
+        if device.type == "cpu":
+            state |= {name: torch.zeros(shape, dtype=bases[name].dtype) for name, shape in mine.items()}
+            continue
+        arena = arenas.setdefault(component, Arena(device))
+        cut = arena.cut([(shape, bases[name].dtype) for name, shape in mine.items()])
+        torch._foreach_zero_(cut)
+        state |= dict(zip(mine, cut, strict=True))
+    return state, arenas
