@@ -27,7 +27,7 @@ demo: $(VENV)/demo.stamp
 	@$(BIN)/nbcache demo
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/python -m ruff check .
