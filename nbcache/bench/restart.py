@@ -24,6 +24,7 @@ from nbcache.bench.isolation import own_daemon
 from nbcache.checkpoints.catalog import SUFFIX, resolve
 from nbcache.errors import BenchmarkFailed, CheckpointNotFound
 from nbcache.jupyter.experience import by_package, recall
+from nbcache.jupyter.installed import installed_folders
 from nbcache.jupyter.kernelspec import argv_of_this_interpreter, end_zygotes, examine
 from nbcache.units import format_duration
 
@@ -276,19 +277,8 @@ def _environment(folder: Path) -> dict[str, str]:
     """This process's, with a history apart, in which kernels find nbcache where this process has found it."""
     root = str(Path(__file__).resolve().parents[2])
     given = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
-    path = given if _is_installed() else list(dict.fromkeys([*given, root]))
-    own = {"IPYTHONDIR": str(folder / "ipython"), "PYTHONPATH": os.pathsep.join(path)}
-    return {name: value for name, value in {**os.environ, **own}.items() if value or name != "PYTHONPATH"}
-
-
-def _is_installed() -> bool:
-    from importlib.metadata import PackageNotFoundError, distribution
-
-    try:
-        distribution("nbcache")
-    except PackageNotFoundError:
-        return False
-    return True
+    path = [*given, *([root] if root not in {*given, *installed_folders()} else [])]
+    return {**os.environ, "IPYTHONDIR": str(folder / "ipython"), "PYTHONPATH": os.pathsep.join(path)}
 
 
 def render_restart(report: RestartReport) -> str:
