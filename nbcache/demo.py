@@ -130,7 +130,7 @@ PREPARE = """
         nbcache.evict(path)
 """
 
-LOAD = '%load_weights "$path" --as weights'
+LOAD = '%load_weights "$path" --raw --as weights'
 
 STOCK = """
     from safetensors.torch import load_file
