@@ -23,16 +23,18 @@ from nbcache.client import api
 from nbcache.client.session import Session, stop_daemon
 from nbcache.config import NBCache
 from nbcache.errors import InvalidOption, NBCacheError
+from nbcache.guide import topics
 from nbcache.jupyter.commands import app as kernelspec
 from nbcache.jupyter.display import render_settings, render_status, short_name
 from nbcache.jupyter.progress import Progress, find_screen
-from nbcache.output import AsJson, print_result
+from nbcache.output import AsJson, print_page, print_result
 from nbcache.units import format_duration, format_size, parse_size
 
 app = typer.Typer(
     name="nbcache",
     help="Keep model weights alive across kernel restarts.",
     no_args_is_help=True,
+    epilog="nbcache help shows what there is to read.",
     pretty_exceptions_enable=False,
 )
 app.add_typer(kernelspec, name="kernelspec")
@@ -178,6 +180,14 @@ def show_config(context: typer.Context, as_json: AsJson = False) -> None:
     """Show the options in force, and what set each: a file of Jupyter's config path, the environment, a flag."""
     found = settings.in_force(context.obj or ())
     print_result(found if as_json else render_settings(found))
+
+
+@app.command("help")
+def show_help(
+    topic: Annotated[str, typer.Argument(help="What about; without it, all topics.", autocompletion=topics.names_from)] = "",
+) -> None:
+    """Read about a topic: names, formats, models, sharing, restarts, options, errors, and more."""
+    print_page(topics.find(topic).page()) if topic else print_result(topics.listing())
 
 
 alias = typer.Typer(help="Short names for what you load.", no_args_is_help=True)

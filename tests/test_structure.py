@@ -36,6 +36,7 @@ RANKS: dict[str, int] = {
     "top": 10,
     "bench": 10,
     "doctor": 10,
+    "guide": 10,
     "demo": 10,
     "demo_kernel": 10,
     "__main__": 11,
@@ -135,8 +136,12 @@ INNER_RANKS: dict[str, dict[str, int]] = {
 }
 """The same rule within a part: a module imports those of lower ranks alone."""
 
-SAME_RANK = {("cli", "bench"), ("cli", "demo"), ("cli", "doctor"), ("cli", "top"), ("demo", "demo_kernel")}
-"""The top is one layer: the command line runs the demo and the benchmarks."""
+SAME_RANK = {
+    *(("cli", part) for part in ("bench", "demo", "doctor", "guide", "top")),
+    ("guide", "bench"),
+    ("demo", "demo_kernel"),
+}
+"""The top is one layer: the command line runs the demo and the benchmarks, and the guide tells of them."""
 
 FORBIDDEN = {("daemon", "checkpoints")}
 """The daemon knows no format."""
