@@ -42,14 +42,16 @@ def blocks_of(text: str) -> list[Block]:
 
 
 def run_shell_line(line: str, folder: Path) -> None:
-    """Run one line of a shell block; installing and making are only looked into."""
+    """Run one line of a shell block; installing, making and testing are only looked into. ``.venv`` is this environment."""
     program, *arguments = line.split()
     if program == "make":
         run(["make", "--no-print-directory", "--dry-run", "--always-make", *arguments], line, REPOSITORY)
     elif program == "pip":
         options = ["--dry-run", "--no-deps", "--no-index", "--no-build-isolation", "--quiet"]
         run([sys.executable, "-m", "pip", *arguments, *options], line, REPOSITORY)
-    elif program == "nbcache":
+    elif program == ".venv/bin/python" and arguments[:2] == ["-m", "pytest"]:
+        run([sys.executable, *arguments, "--collect-only"], line, REPOSITORY)
+    elif program in ("nbcache", ".venv/bin/nbcache"):
         run([sys.executable, "-m", "nbcache", *arguments], line, folder)
     else:
         raise ReadmeError(f"{line}: a program that this test does not know")
@@ -107,6 +109,8 @@ def test_every_block_works(runtime_dir, tmp_path):
         "```sh\nnbcache brew\n```",
         "```sh\nnbcache load missing.safetensors\n```",
         "```sh\nnbcached status\n```",
+        "```sh\nnbcache help coffee\n```",
+        "```sh\n.venv/bin/python -m pytest tests/coffee\n```",
         "```sh\npip install ./nowhere\n```",
         "```ipython\n%load_ext nbcache\n%brew_weights\n```",
         "```ipython\n%load_ext nbcache\n%load_weights model.safetensors --milk\n```",
