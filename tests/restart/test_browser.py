@@ -170,12 +170,15 @@ def test_the_panel_and_completion(warm, specs, page, tmp_path):
         row.locator("summary").click()
         expect(row.locator("td code").first).to_be_visible()
         lab.picture("panel-light", PANEL, PANEL)
+        styles = "node => [getComputedStyle(node).textAlign, getComputedStyle(node).backgroundColor]"
+        assert row.locator("td code").first.evaluate(styles) == ["left", "rgba(0, 0, 0, 0)"]  # not as JupyterLab has tables
+        assert row.locator("tbody td.n").first.evaluate(styles)[0] == "right"
         row.locator("input").fill("layer.1")
         expect(row.locator("tbody tr:visible")).to_have_count(11)  # 1, and 10 to 19
         row.locator("input").fill("layer.23")
         expect(row.locator("tbody tr:visible")).to_have_count(1)
         page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
-        expect(page.locator('body[data-jp-theme-light="false"]')).to_be_visible()
+        expect(page.locator('body[data-jp-theme-light="false"]')).to_have_count(1)
         lab.picture("panel-dark", PANEL, PANEL)
 
         lab.cell(TO_COMPLETE).locator(".cm-content").click()
