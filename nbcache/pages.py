@@ -26,6 +26,7 @@ border:none;background:none;color:inherit;vertical-align:top}
 .nbcache.nbcache tbody tr{border-top:1px solid rgba(128,128,128,.25);background:none!important}
 .nbcache.nbcache tbody tr.more{border-top:none}
 .nbcache.nbcache table .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.nbcache.nbcache table th.n{white-space:normal}
 .nbcache code{background:none!important;padding:0!important;color:inherit!important}
 .nbcache td b{display:inline-block;min-width:13em;overflow-wrap:anywhere}
 .nbcache .dim{opacity:.65}
