@@ -446,7 +446,7 @@ def test_the_magic_loads_every_format_before_and_after_a_restart(runtime_dir, tm
                 if not hit:
                     write(path)
                 line = kernel.run(f"%load_weights {path} --device cpu --as w")
-                assert line.endswith("(cached)" if hit else "(read from disk)"), (name, line)
+                assert line.endswith("(cached, 0 B private)" if hit else "(read from disk)"), (name, line)
             kernel.restart()
 
 
