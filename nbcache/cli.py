@@ -6,7 +6,6 @@ it was called wrongly. ``--json`` prints one document for scripts. Never imports
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import time
@@ -18,23 +17,28 @@ import msgspec
 import typer
 
 from nbcache import __version__, completion, settings
+from nbcache.bench.commands import app as bench
 from nbcache.checkpoints import aliases
 from nbcache.client import api
 from nbcache.client.session import Session, stop_daemon
 from nbcache.config import NBCache
 from nbcache.errors import InvalidOption, NBCacheError
+from nbcache.guide import topics
+from nbcache.jupyter.commands import app as kernelspec
 from nbcache.jupyter.display import render_settings, render_status, short_name
 from nbcache.jupyter.progress import Progress, find_screen
+from nbcache.output import AsJson, print_page, print_result
 from nbcache.units import format_duration, format_size, parse_size
 
 app = typer.Typer(
     name="nbcache",
     help="Keep model weights alive across kernel restarts.",
     no_args_is_help=True,
+    epilog="nbcache help shows what there is to read.",
     pretty_exceptions_enable=False,
 )
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+app.add_typer(kernelspec, name="kernelspec")
+app.add_typer(bench, name="bench")
 
 
 def _print_version(wanted: bool) -> None:
@@ -69,7 +73,7 @@ def serve(host_limit: Annotated[str, typer.Option(help="Most host memory for ent
 def status(as_json: AsJson = False) -> None:
     """Show what is cached where, and who uses it."""
     document = api.status()
-    _print(document if as_json else render_status(document))
+    print_result(document if as_json else render_status(document))
 
 
 @app.command()
@@ -92,12 +96,12 @@ def load(
     seconds = time.perf_counter() - start
     if as_json:
         found = [msgspec.structs.asdict(entry) | {"seconds": round(seconds, 6), "hit": hit} for entry, hit in staged]
-        _print(found[0] if len(found) == 1 else found)
+        print_result(found[0] if len(found) == 1 else found)
         return
     rate = format_size(int(sum(entry.bytes for entry, hit in staged if not hit) / seconds))
     for entry, hit in staged:
         how = "was cached" if hit else f"read in {format_duration(seconds)} ({rate}/s)"
-        _print(f"{short_name(entry.name)}: {entry.tensors} tensors, {format_size(entry.bytes)}, {how}")
+        print_result(f"{short_name(entry.name)}: {entry.tensors} tensors, {format_size(entry.bytes)}, {how}")
 
 
 @app.command()
@@ -111,11 +115,11 @@ def evict(
         raise typer.BadParameter("name an entry, or give --all")
     evicted = api.evict_all() if everything else api.evict(name)
     if as_json:
-        _print({"evicted": evicted.names, "freed_bytes": evicted.freed_bytes, "kept": evicted.kept})
+        print_result({"evicted": evicted.names, "freed_bytes": evicted.freed_bytes, "kept": evicted.kept})
         return
-    _print(f"evicted {', '.join(map(short_name, evicted.names)) or 'nothing'} ({format_size(evicted.freed_bytes)})")
+    print_result(f"evicted {', '.join(map(short_name, evicted.names)) or 'nothing'} ({format_size(evicted.freed_bytes)})")
     if evicted.kept:
-        _print(f"kept {', '.join(evicted.kept)}")
+        print_result(f"kept {', '.join(evicted.kept)}")
 
 
 @app.command()
@@ -141,16 +145,16 @@ def restart() -> None:
     """End the daemon and start a new one, empty, of this version."""
     _stop()
     Session.open().close()
-    _print(f"started: process {api.status().pid}, nbcache {__version__}")
+    print_result(f"started: process {api.status().pid}, nbcache {__version__}")
 
 
 def _stop() -> None:
     lost = _saved_entries()
     pid = stop_daemon()
     if not pid:
-        _print("no daemon runs")
+        print_result("no daemon runs")
         return
-    _print(f"stopped: process {pid}" + (f"; gone with it: {', '.join(lost)}" if lost else ""))
+    print_result(f"stopped: process {pid}" + (f"; gone with it: {', '.join(lost)}" if lost else ""))
 
 
 def _saved_entries() -> list[str]:
@@ -175,7 +179,15 @@ def top(
 def show_config(context: typer.Context, as_json: AsJson = False) -> None:
     """Show the options in force, and what set each: a file of Jupyter's config path, the environment, a flag."""
     found = settings.in_force(context.obj or ())
-    _print(found if as_json else render_settings(found))
+    print_result(found if as_json else render_settings(found))
+
+
+@app.command("help")
+def show_help(
+    topic: Annotated[str, typer.Argument(help="What about; without it, all topics.", autocompletion=topics.names_from)] = "",
+) -> None:
+    """Read about a topic: names, formats, models, sharing, restarts, options, errors, and more."""
+    print_page(topics.find(topic).page()) if topic else print_result(topics.listing())
 
 
 alias = typer.Typer(help="Short names for what you load.", no_args_is_help=True)
@@ -189,7 +201,7 @@ def alias_add(
 ) -> None:
     """Let NAME stand for PATH, wherever a name is asked for."""
     aliases.add(name, target)
-    _print(f"{name} is {aliases.listing()[name]}")
+    print_result(f"{name} is {aliases.listing()[name]}")
 
 
 @alias.command("remove")
@@ -205,7 +217,9 @@ def alias_list(as_json: AsJson = False) -> None:
     """Show your aliases."""
     table = aliases.listing()
     width = max(map(len, table), default=0)
-    _print(table if as_json else "\n".join(f"{name.ljust(width)}  {table[name]}" for name in sorted(table)) or "no aliases")
+    print_result(
+        table if as_json else "\n".join(f"{name.ljust(width)}  {table[name]}" for name in sorted(table)) or "no aliases"
+    )
 
 
 @app.command()
@@ -218,7 +232,7 @@ def doctor(
     from nbcache.doctor.findings import render_report
 
     report = examine(part)
-    _print(report if as_json else render_report(report))
+    print_result(report if as_json else render_report(report))
     if not report.healthy:
         raise typer.Exit(1)
 
@@ -232,163 +246,6 @@ def demo(
 
     if not run_demo(str(checkpoint) if checkpoint else None):
         raise typer.Exit(1)
-
-
-kernelspec = typer.Typer(help="The kernel whose restarts skip the imports, for Jupyter.", no_args_is_help=True)
-app.add_typer(kernelspec, name="kernelspec")
-
-
-@kernelspec.command("install")
-def kernelspec_install(
-    name: Annotated[str, typer.Option(help="What the kernelspec is called.")] = "nbcache",
-    display_name: Annotated[str, typer.Option(help="What people see; by default Python 3 (nbcache).")] = "",
-    sys_prefix: Annotated[bool, typer.Option("--sys-prefix", help="For servers of this environment alone.")] = False,
-    prefix: Annotated[str, typer.Option(help="For servers of the environment with this prefix.")] = "",
-    as_json: AsJson = False,
-) -> None:
-    """Install the kernel of this interpreter, for the user's Jupyter servers of whichever environment."""
-    from nbcache.jupyter.kernelspec import install
-
-    folder = install(name, display_name, prefix or (sys.prefix if sys_prefix else None))
-    _print({"name": name, "folder": folder} if as_json else f"installed {name} in {folder}")
-
-
-@kernelspec.command("remove")
-def kernelspec_remove(
-    name: Annotated[str, typer.Option(help="What the kernelspec is called.")] = "nbcache", as_json: AsJson = False
-) -> None:
-    """Remove the kernel, and end the processes that wait to become one."""
-    from nbcache.jupyter.kernelspec import remove
-
-    folder = remove(name)
-    _print({"name": name, "folder": folder} if as_json else f"removed {name} from {folder}")
-
-
-bench = typer.Typer(help="Measure on this machine, beside a floor or a rival in the same run.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
-
-
-@bench.command("attach")
-def bench_attach(
-    checkpoint: Annotated[
-        str, typer.Argument(help="Your own checkpoint; without it, synthetic ones of 104 to 20 000 tensors.")
-    ] = "",
-    as_json: AsJson = False,
-) -> None:
-    """Time from the call to usable tensors when the entry is cached, beside safetensors' load_file."""
-    from nbcache.bench.host import measure_attach, render_attach
-
-    results = measure_attach(checkpoint or None)
-    _print(results if as_json else render_attach(results))
-
-
-@bench.command("stage")
-def bench_stage(
-    size: Annotated[str, typer.Option(help="How much to read.")] = "4GiB",
-    directory: Annotated[str, typer.Option(help="Where to put the file.")] = "",
-    as_json: AsJson = False,
-) -> None:
-    """Reading a file into the cache from a hot page cache, beside plain parallel preadv."""
-    from nbcache.bench.host import measure_stage, render_stage
-
-    result = measure_stage(parse_size(size), directory=directory or None)
-    _print(result if as_json else render_stage(result))
-
-
-@bench.command("gpu")
-def bench_gpu(
-    checkpoint: Annotated[str, typer.Argument(help="Your own checkpoint: a file, an index or a folder.")] = "",
-    flux: Annotated[bool, typer.Option("--flux", help="Write one of FLUX.1's shape (23.8 GB) to TMPDIR for it.")] = False,
-    loras: Annotated[bool, typer.Option("--loras", help="LoRA-sized files as well (up to 2 GB, in TMPDIR).")] = False,
-    peers: Annotated[bool, typer.Option("--peers", help="Other loaders as well, those that are installed.")] = False,
-    cold: Annotated[bool, typer.Option(help="Drop the files from the page cache, and measure the disk too.")] = True,
-    runs: Annotated[int, typer.Option(min=1, help="Fresh processes for each kind of load.")] = 3,
-    save: Annotated[Path | None, typer.Option(help="Also write the JSON document to this file.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Loads onto the GPU, cold and hot, from pinned memory and from the slab, beside the bandwidth of link and disk."""
-    from nbcache.bench.flux import temporary_flux
-    from nbcache.bench.gpu import measure_gpu
-    from nbcache.bench.tables import render_gpu
-
-    if bool(checkpoint) is flux:
-        raise typer.BadParameter("name a checkpoint, or give --flux")
-    with temporary_flux() if flux else contextlib.nullcontext(checkpoint) as path:
-        result = measure_gpu(path, runs, cold, peers, loras, on_step=_print_step)
-    if save:
-        save.write_bytes(msgspec.json.format(msgspec.json.encode(result)))
-    _print(result if as_json else render_gpu(result))
-
-
-@bench.command("models")
-def bench_models(
-    folder: Annotated[
-        str, typer.Argument(help="A pipeline's folder; without it, one of FLUX.1's shape is written to TMPDIR.")
-    ] = "",
-    small: Annotated[bool, typer.Option("--small", help="Write a toy one instead (13 MB).")] = False,
-    stock: Annotated[bool, typer.Option(help="The library's own load as well.")] = True,
-    runs: Annotated[int, typer.Option(min=1, help="Fresh processes.")] = 5,
-    as_json: AsJson = False,
-) -> None:
-    """A whole pipeline onto the GPU, as after a restart: the time beyond imports, and where it goes."""
-    from nbcache.bench.models import measure_models, render_models
-    from nbcache.bench.pipeline import temporary_pipeline
-
-    with contextlib.nullcontext(folder) if folder else temporary_pipeline(small) as path:
-        result = measure_models(path, runs, stock, on_step=_print_step)
-    _print(result if as_json else render_models(result))
-
-
-@bench.command("restart")
-def bench_restart(
-    checkpoint: Annotated[str, typer.Option(help="Your own: a file, an index or a folder. Default: the demo's MiniLM.")] = "",
-    flux: Annotated[bool, typer.Option("--flux", help="Write one of FLUX.1's shape (23.8 GB) to TMPDIR for it.")] = False,
-    device: Annotated[str, typer.Option(help="Where the first cell loads to.")] = "cpu",
-    imports: Annotated[
-        list[str] | None, typer.Option("--imports", help="What the first cell imports beside torch; several times for several.")
-    ] = None,
-    client: Annotated[str, typer.Option(help="manager: jupyter_client's; rest: a Jupyter server's.")] = "manager",
-    runs: Annotated[int, typer.Option(min=1, help="Restarts of each kernel with each first cell.")] = 10,
-    save: Annotated[Path | None, typer.Option(help="Also write the JSON document to this file.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """From the request to restart to the first cell that has used the weights, a stock kernel beside ours."""
-    from nbcache.bench.flux import temporary_flux
-    from nbcache.bench.restart import CLIENTS, default_checkpoint, default_imports, measure_restart, render_restart
-
-    if client not in CLIENTS or (checkpoint and flux):
-        raise typer.BadParameter(f"--client is one of {', '.join(CLIENTS)}; --checkpoint or --flux, not both")
-    with temporary_flux() if flux else contextlib.nullcontext(checkpoint or default_checkpoint()) as path:
-        result = measure_restart(path, device, imports or default_imports(), client, runs, on_step=_print_step)
-    if save:
-        save.write_bytes(msgspec.json.format(msgspec.json.encode(result)))
-    _print(result if as_json else render_restart(result))
-
-
-@bench.command("lora")
-def bench_lora(
-    runs: Annotated[int, typer.Option(min=1, help="Swaps of each kind.")] = 7,
-    swaps: Annotated[int, typer.Option(min=1, help="Random swaps, after which nothing may have grown.")] = 200,
-    save: Annotated[Path | None, typer.Option(help="Also write the JSON document to this file.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """LoRAs into a live pipeline of FLUX's shape (24 GB of GPU memory), beside diffusers' own loader and hotswap."""
-    from nbcache.bench.lora import measure_lora
-    from nbcache.bench.tables import render_lora
-
-    result = measure_lora(runs=runs, swaps=swaps, on_step=_print_step)
-    if save:
-        save.write_bytes(msgspec.json.format(msgspec.json.encode(result)))
-    _print(result if as_json else render_lora(result))
-
-
-def _print_step(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
-
-
-def _print(result: object) -> None:
-    text = result if isinstance(result, str) else msgspec.json.format(msgspec.json.encode(result), indent=2).decode()
-    print(text)  # noqa: T201
 
 
 def _fail(message: str, code: int) -> NoReturn:

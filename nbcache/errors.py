@@ -34,6 +34,7 @@
     │   ├── DaemonUnresponsive       it kept silent for longer than the timeout
     │   └── VersionMismatch          it speaks another protocol
     ├── ProtocolError              a message that breaks the protocol
+    ├── TopicNotFound              `nbcache help` has no page of that name
     ├── KernelSpecError            a kernelspec that cannot be installed or removed
     ├── BenchmarkFailed            a measurement could not be made, or measured something else
     └── UnsupportedPlatform        not Linux
@@ -175,6 +176,10 @@ class ProtocolError(NBCacheError):
 
 class KernelSpecError(NBCacheError):
     """A kernelspec cannot be installed, or is not there to be removed, or is another kernel's."""
+
+
+class TopicNotFound(NBCacheError):
+    """``nbcache help`` has no page of that name."""
 
 
 class BenchmarkFailed(NBCacheError):

@@ -18,14 +18,17 @@ MOST_ROWS = 3000
 FILTER_FROM = 12
 
 STYLE = """
-.nbcache{font-size:var(--jp-ui-font-size1,13px);line-height:1.5;max-width:72em;color:inherit}
-.nbcache table{border-collapse:collapse;margin:0 0 .6em;border:none;font-size:inherit;table-layout:auto}
-.nbcache table th,.nbcache table td{text-align:left;padding:.15em .9em .15em 0;
+.nbcache{font-size:var(--jp-ui-font-size1,13px);line-height:1.5;max-width:72em;color:inherit;overflow-x:auto}
+.nbcache.nbcache table{border-collapse:collapse;margin:0 0 .6em;border:none;font-size:inherit;table-layout:auto}
+.nbcache.nbcache table th,.nbcache.nbcache table td{text-align:left;padding:.15em .9em .15em 0;
 border:none;background:none;color:inherit;vertical-align:top}
-.nbcache table th{font-weight:600;opacity:.65}
-.nbcache tbody tr{border-top:1px solid rgba(128,128,128,.25);background:none!important}
-.nbcache tbody tr.more{border-top:none}
-.nbcache table .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.nbcache.nbcache table th{font-weight:600;opacity:.65}
+.nbcache.nbcache tbody tr{border-top:1px solid rgba(128,128,128,.25);background:none!important}
+.nbcache.nbcache tbody tr.more{border-top:none}
+.nbcache.nbcache table .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.nbcache.nbcache table th.n{white-space:normal}
+.nbcache code{background:none!important;padding:0!important;color:inherit!important}
+.nbcache td b{display:inline-block;min-width:13em;overflow-wrap:anywhere}
 .nbcache .dim{opacity:.65}
 .nbcache .bar{display:inline-block;vertical-align:middle;width:16em;max-width:100%;
 height:.7em;border-radius:.35em;overflow:hidden;background:rgba(128,128,128,.25)}
@@ -37,6 +40,7 @@ height:.7em;border-radius:.35em;overflow:hidden;background:rgba(128,128,128,.25)
 .nbcache input{font:inherit;color:inherit;background:transparent;border:1px solid rgba(128,128,128,.5);border-radius:.3em;
 padding:.1em .5em;margin:.2em 0 .3em 1em;width:20em}
 """.strip().replace("\n", "")
+"""Doubled classes go before what JupyterLab says of every table in an output."""
 
 _FILTER = (
     "const q=this.value.toLowerCase();for(const r of this.nextElementSibling.querySelectorAll('tbody tr'))"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from rich.console import Console, Group, RenderableType
@@ -44,9 +44,9 @@ def render_frame(status: Status, speeds: dict[str, float]) -> RenderableType:
     """One frame."""
     head = f"nbcache {status.version}, process {status.pid}, up {format_duration(status.uptime_s)}"
     parts: list[RenderableType] = [Text(head, style="bold"), _tiers(status)]
-    loading = [entry for entry in status.entries if entry.host == "staging"]
+    loading = [entry for entry in status.entries if entry.host == "staging" or _filled(entry, {})]
     if loading:
-        parts += [Text("\nloads", style="bold"), _loads(loading, speeds)]
+        parts += [Text("\nloads", style="bold"), _loads(loading, speeds, device_names(status))]
     if status.entries:
         parts += [Text("\nentries", style="bold"), _entries(status)]
     users = Counter((short_name(lease.label), lease.pid) for entry in status.entries for lease in entry.used_by)
@@ -77,9 +77,13 @@ def _bar(part: float, whole: float) -> ProgressBar:
     return ProgressBar(total=max(whole, 1), completed=part, width=BAR_WIDTH)
 
 
-def _loads(entries: list[EntryStatus], speeds: dict[str, float]) -> Table:
-    table = _grid("left", "left", "right", "right", "right")
+def _loads(entries: list[EntryStatus], speeds: dict[str, float], gpus: Mapping[str, str]) -> Table:
+    table = _grid("left", "left", "right", "right", "left")
     for entry in entries:
+        filled = ", ".join(f"filling {gpu}" for gpu in _filled(entry, gpus))
+        if entry.host != "staging":
+            table.add_row(short_name(entry.name), "", format_size(entry.bytes), "", filled)
+            continue
         speed = speeds.get(entry.key, 0.0)
         left_s = (entry.bytes - entry.staged_bytes) / speed if speed else 0.0
         table.add_row(
@@ -87,9 +91,14 @@ def _loads(entries: list[EntryStatus], speeds: dict[str, float]) -> Table:
             _bar(entry.staged_bytes, entry.bytes),
             f"{format_size(entry.staged_bytes)} of {format_size(entry.bytes)}",
             f"{speed / 1e9:.2f} GB/s" if speed else "",
-            f"{format_duration(left_s)} left" if speed else "",
+            ", ".join([*([f"{format_duration(left_s)} left"] if speed else []), *([filled] if filled else [])]),
         )
     return table
+
+
+def _filled(entry: EntryStatus, gpus: Mapping[str, str]) -> list[str]:
+    """The GPUs whose slab of an entry is being filled, by the kernel that copies; how far it is, it alone knows."""
+    return [gpus.get(slab.uuid, slab.uuid) for slab in entry.devices if slab.state == "filling"]
 
 
 def _entries(status: Status) -> Table:

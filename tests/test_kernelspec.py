@@ -37,8 +37,10 @@ def test_wheel_ships_the_kernelspec(wheel):
     assert shipped.keys() == FILES
 
 
-def test_wheel_ships_the_protocol_and_the_types(wheel):
-    assert {"nbcache/protocol/PROTOCOL.md", "nbcache/py.typed"} <= set(wheel.namelist())
+def test_wheel_ships_the_protocol_the_types_and_the_pages_of_help(wheel):
+    pages = {f"nbcache/guide/{path.name}" for path in (REPOSITORY / "nbcache" / "guide").glob("*.md")}
+    assert len(pages) > 5
+    assert {"nbcache/protocol/PROTOCOL.md", "nbcache/py.typed", *pages} <= set(wheel.namelist())
 
 
 def test_jupyter_finds_it_as_installed():

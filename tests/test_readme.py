@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from nbcache.cli import app
+from nbcache.guide.topics import names
 from tests.support.kernels import Kernel, RemoteError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -41,14 +42,16 @@ def blocks_of(text: str) -> list[Block]:
 
 
 def run_shell_line(line: str, folder: Path) -> None:
-    """Run one line of a shell block; installing and making are only looked into."""
+    """Run one line of a shell block; installing, making and testing are only looked into. ``.venv`` is this environment."""
     program, *arguments = line.split()
     if program == "make":
         run(["make", "--no-print-directory", "--dry-run", "--always-make", *arguments], line, REPOSITORY)
     elif program == "pip":
         options = ["--dry-run", "--no-deps", "--no-index", "--no-build-isolation", "--quiet"]
         run([sys.executable, "-m", "pip", *arguments, *options], line, REPOSITORY)
-    elif program == "nbcache":
+    elif program == ".venv/bin/python" and arguments[:2] == ["-m", "pytest"]:
+        run([sys.executable, *arguments, "--collect-only"], line, REPOSITORY)
+    elif program in ("nbcache", ".venv/bin/nbcache"):
         run([sys.executable, "-m", "nbcache", *arguments], line, folder)
     else:
         raise ReadmeError(f"{line}: a program that this test does not know")
@@ -86,6 +89,15 @@ def check_block(block: Block, kernel: Kernel, folder: Path) -> None:
         raise ReadmeError(f"README line {block.line}: a block of {block.language!r}, which this test cannot check")
 
 
+def pages() -> str:
+    """The written pages of ``nbcache help``."""
+    return "\n\n".join(path.read_text() for path in sorted((REPOSITORY / "nbcache" / "guide").glob("*.md")))
+
+
+def test_every_block_of_help_works(runtime_dir, tmp_path):
+    assert {block.language for block in check(pages(), tmp_path)} == {"text", "ipython"}
+
+
 def test_every_block_works(runtime_dir, tmp_path):
     assert {block.language for block in check(README.read_text(), tmp_path)} == {"text", "sh", "ipython", "python"}
 
@@ -97,6 +109,8 @@ def test_every_block_works(runtime_dir, tmp_path):
         "```sh\nnbcache brew\n```",
         "```sh\nnbcache load missing.safetensors\n```",
         "```sh\nnbcached status\n```",
+        "```sh\nnbcache help coffee\n```",
+        "```sh\n.venv/bin/python -m pytest tests/coffee\n```",
         "```sh\npip install ./nowhere\n```",
         "```ipython\n%load_ext nbcache\n%brew_weights\n```",
         "```ipython\n%load_ext nbcache\n%load_weights model.safetensors --milk\n```",
@@ -109,15 +123,19 @@ def test_what_does_not_exist_is_noticed(runtime_dir, tmp_path, block):
         check(f"# A README\n\n{block}\n", tmp_path)
 
 
-def test_commands_and_magics_in_the_text_exist():
-    text = re.sub(r"^```.*?^```$", "", README.read_text(), flags=re.MULTILINE | re.DOTALL)
+@pytest.mark.parametrize("read", [README.read_text, pages], ids=["README", "help"])
+def test_commands_and_magics_in_the_text_exist(read):
+    text = re.sub(r"^```.*?^```$", "", read(), flags=re.MULTILINE | re.DOTALL)
     commands = {command.name or command.callback.__name__ for command in app.registered_commands}
     commands |= {group.name for group in app.registered_groups}
     named = set(re.findall(r"`nbcache (\w+)", text))
     assert named
     assert named <= commands
+    topics = set(re.findall(r"`nbcache help (\w+)`", text))
+    assert topics
+    assert topics <= set(names())
     assert set(re.findall(r"`%(\w+)", text)) <= {
-        "load_ext", "load_lora", "load_weights", "nbcache", "save_weights", "unload_lora", "weights",
+        "config", "load_ext", "load_lora", "load_weights", "nbcache", "save_weights", "unload_lora", "weights",
     }  # fmt: skip
     targets = set(re.findall(r"^(\w+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"`make (\w+)", text)) <= targets

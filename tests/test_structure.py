@@ -23,6 +23,7 @@ RANKS: dict[str, int] = {
     "settings": 3,
     "pages": 3,
     "manifest": 3,
+    "output": 3,
     "memory": 4,
     "checkpoints": 5,
     "protocol": 6,
@@ -35,6 +36,7 @@ RANKS: dict[str, int] = {
     "top": 10,
     "bench": 10,
     "doctor": 10,
+    "guide": 10,
     "demo": 10,
     "demo_kernel": 10,
     "__main__": 11,
@@ -132,6 +134,7 @@ INNER_RANKS: dict[str, dict[str, int]] = {
         "preload": 1,
         "magics": 2,
         "kernelspec": 2,
+        "commands": 3,
         "proof": 2,
         "forked": 3,
         "supervision": 4,
@@ -142,8 +145,12 @@ INNER_RANKS: dict[str, dict[str, int]] = {
 }
 """The same rule within a part: a module imports those of lower ranks alone."""
 
-SAME_RANK = {("cli", "bench"), ("cli", "demo"), ("cli", "doctor"), ("cli", "top"), ("demo", "demo_kernel")}
-"""The top is one layer: the command line runs the demo and the benchmarks."""
+SAME_RANK = {
+    *(("cli", part) for part in ("bench", "demo", "doctor", "guide", "top")),
+    ("guide", "bench"),
+    ("demo", "demo_kernel"),
+}
+"""The top is one layer: the command line runs the demo and the benchmarks, and the guide tells of them."""
 
 FORBIDDEN = {("daemon", "checkpoints")}
 """The daemon knows no format."""

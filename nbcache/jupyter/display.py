@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from nbcache.models.assembly import Assembled
     from nbcache.models.lora import LoadedLora
 
+BAR_CELLS = 24
+
 
 def summary(weights: Weights, seconds: float, how: str = "", sharers: int = 0) -> str:
     """``flux-dev: 1160 tensors, 23.8 GB on cuda:0 in 19.0 ms (resident, shared with 1 notebook, 0 B private)``.
@@ -65,15 +67,25 @@ def short_name(name: str) -> str:
 
 def render_status(status: Status, private_bytes: Mapping[str, int] = MappingProxyType({})) -> str:
     """The status as lines of text. ``private_bytes`` is what this process holds for itself, by key."""
-    host = status.host
-    head = f"host tier: {format_size(host.used_bytes)} of {format_size(host.limit_bytes)} used; daemon {status.pid}"
+    host, gpus = status.host, device_names(status)
+    used = f"{format_size(host.used_bytes)} of {format_size(host.limit_bytes)} used"
     if not status.entries:
-        return f"{head}; nothing cached"
-    gpus = device_names(status)
-    lines = [head, *(f"{gpus[gpu.uuid]}: {gpu.name}, {format_size(gpu.slab_bytes)} of weights" for gpu in status.devices)]
+        return f"host tier: {used}; daemon {status.pid}; nothing cached"
+    tiers = [f"host tier: {used} {cells(host.used_bytes, host.limit_bytes)}; daemon {status.pid}"]
+    for gpu in status.devices:
+        slabs = f"{format_size(gpu.slab_bytes)} of weights"
+        bar = f" {cells(gpu.slab_bytes, gpu.total_bytes)} of {format_size(gpu.total_bytes)}" if gpu.total_bytes else ""
+        tiers.append(f"{gpus[gpu.uuid]}: {gpu.name}, {slabs}{bar}")
     rows: list[tuple[str, ...]] = [("name", "size", "tensors", "where", "used by", "idle", "")]
     rows += [_row(entry, gpus, private_bytes.get(entry.key, 0)) for entry in status.entries]
-    return "\n".join([*lines, *_columns(rows)])
+    return "\n".join([*tiers, *_columns(rows)])
+
+
+def cells(part: float, whole: float, width: int = BAR_CELLS) -> str:
+    """A bar, in characters. What is there but small has one cell, so that it is seen."""
+    full = min(width, round(width * part / whole)) if whole > 0 else 0
+    full = max(full, 1 if part > 0 and whole > 0 else 0)
+    return "█" * full + "░" * (width - full)
 
 
 def device_names(status: Status) -> dict[str, str]:

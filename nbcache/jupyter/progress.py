@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, Protocol, TextIO
 
+from nbcache.jupyter.display import cells
 from nbcache.pages import bar, page
 from nbcache.units import format_duration, format_size
 
 SILENT_S = 0.5
 WINDOW_S = 3.0
 """The speed is that of the last seconds: it says what to expect, not what was."""
-BAR_CELLS = 24
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ class Standing:
     @property
     def cells(self) -> str:
         """The bar, in characters."""
-        full = BAR_CELLS * self.staged_bytes // self.total_bytes if self.total_bytes else 0
-        return "█" * full + "░" * (BAR_CELLS - full)
+        return cells(self.staged_bytes, self.total_bytes)
 
 
 class Screen(Protocol):

@@ -137,7 +137,7 @@ def test_status_in_words(checkpoint):
     cli("load", str(checkpoint))
     weights = nbcache.put("saved", torch.ones(3))
     head, columns, first, second = cli("status").splitlines()
-    assert head.startswith("host tier: 4.2 MB of ") and head.endswith(f"daemon {nbcache.status().pid}")
+    assert head.startswith("host tier: 4.2 MB of ") and head.endswith(f" used █{'░' * 23}; daemon {nbcache.status().pid}")
     assert columns.split() == ["name", "size", "tensors", "where", "used", "by", "idle"]
     assert checkpoint.name in first and "16.4 kB" in first
     assert second.startswith("saved") and f"pid {os.getpid()}" in second

@@ -9,12 +9,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
 
 import nbcache
+from nbcache.jupyter.experience import revise
 from tests.support.checkpoints import raw_checkpoint, write_checkpoint
+from tests.support.kernels import Kernel
 from tests.support.waiting import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -231,10 +235,93 @@ def test_no_torch(runtime_dir, tmp_path):
     assert "libcudart.so.13" in findings["torch"]["message"]
 
 
-def test_no_kernelspec(runtime_dir, tmp_path):
-    code, findings = diagnose(f"JUPYTER_PREFER_ENV_PATH=0 JUPYTER_PATH={tmp_path} JUPYTER_DATA_DIR={tmp_path}", "jupyter")
+@pytest.fixture
+def jupyter(runtime_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's Jupyter folder, for the test alone, and kernels that start the ordinary way."""
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
+    monkeypatch.setenv("NBCACHE_ZYGOTE_IDLE_S", "0")
+    return tmp_path / "data"
+
+
+def environment_without_kernelspec(folder: Path) -> str:
+    """A new environment with the packages of this one, and ``nbcache``; what to put before a line for it to be used."""
+    venv.create(folder, symlinks=True)
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+    (site / "packages.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    script = folder / "bin" / "nbcache"
+    script.write_text(f"#!{folder}/bin/python\nfrom nbcache.cli import main\nmain()\n")
+    script.chmod(0o755)
+    return f"PATH={folder}/bin:$PATH"
+
+
+def test_no_kernelspec(jupyter, tmp_path):
+    new = environment_without_kernelspec(tmp_path / "new")
+    code, findings = diagnose(new, "jupyter")
     assert code == 0
-    assert "kernelspec" in findings
+    assert findings["kernelspec"]["state"] == "warning"
+    assert findings["kernelspec"]["message"].startswith("no kernel 'nbcache'")
+    shell(f"{new} {remedy(findings['kernelspec'])}")
+    found = diagnose(new, "jupyter")[1]["kernelspec"]
+    assert (found["state"], found["message"]) == ("ok", str(jupyter / "kernels" / "nbcache"))
+    assert "another environment" in diagnose(part="jupyter")[1]["kernelspec"]["message"]
+    with Kernel("nbcache") as kernel:
+        assert kernel.run("import sys; sys.prefix") == repr(str(tmp_path / "new"))
+        assert kernel.try_run("%weights").error.startswith("UsageError: no daemon runs")
+
+
+@pytest.mark.parametrize("name", ["nbcache", "mine"])
+def test_a_kernelspec_whose_interpreter_is_gone(jupyter, name):
+    shell(f"nbcache kernelspec install --name {name}")
+    file = jupyter / "kernels" / name / "kernel.json"
+    file.write_text(file.read_text().replace(sys.executable, "/gone/bin/python"))
+    subject = "kernelspec" if name == "nbcache" else "kernelspec mine"
+    found = diagnose(part="jupyter")[1][subject]
+    assert found["state"] == "warning"
+    assert "there is no interpreter /gone/bin/python" in found["message"]
+    shell(remedy(found))
+    assert diagnose(part="jupyter")[1][subject]["state"] == "ok"
+    with Kernel(name) as kernel:
+        assert kernel.run("import sys; sys.executable") == repr(sys.executable)
+
+
+def test_a_broken_kernelspec_elsewhere(jupyter, tmp_path, monkeypatch):
+    """One in a folder of JUPYTER_PATH goes before the user's own, so it is removed."""
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "shared"))
+    folder = tmp_path / "shared" / "kernels" / "mine"
+    folder.mkdir(parents=True)
+    argv = ["/gone/bin/python", "-m", "nbcache.jupyter.launcher", "-f", "{connection_file}"]
+    (folder / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "Mine", "language": "python"}))
+    found = diagnose(part="jupyter")[1]["kernelspec mine"]
+    assert found["state"] == "warning"
+    shell(remedy(found))
+    assert diagnose(part="jupyter")[1]["kernelspec mine"] == {
+        "subject": "kernelspec mine",
+        "state": "ok",
+        "message": str(jupyter / "kernels" / "mine"),
+        "remedy": "",
+    }
+
+
+def test_what_is_imported_ahead(runtime_dir, monkeypatch):
+    assert "switched off" in diagnose(part="jupyter")[1]["imports ahead"]["message"]
+    monkeypatch.setenv("NBCACHE_ZYGOTE_IDLE_S", "600")
+    assert diagnose(part="jupyter")[1]["imports ahead"]["message"] == "torch, and as learned: nothing yet"
+    with revise() as known:
+        known.learned = {"diffusers": 1.5, "diffusers.models": 5.5, "pandas": 0.5}
+        known.broken = {"tensorflow": "starts threads"}
+    said = diagnose(part="jupyter")[1]["imports ahead"]["message"]
+    assert said == "torch, and as learned: diffusers 7.0 s, pandas 500.0 ms; left out: tensorflow (starts threads)"
+    named = diagnose("NBCACHE_PRELOAD=peft,gguf", "jupyter")[1]["imports ahead"]
+    assert named["message"] == "as NBCache.preload names: peft, gguf"
+
+
+def test_a_zygote_that_could_not_serve(runtime_dir):
+    folder = runtime_dir / "zygotes"
+    folder.mkdir(parents=True)
+    (folder / "0a1b.failed").write_text("tensorflow: starts threads\n")
+    found = diagnose(part="jupyter")[1]["zygote failure 1"]
+    assert (found["state"], found["message"]) == ("warning", "0a1b: tensorflow: starts threads")
 
 
 EMULATED = f"PYTHONPATH={ROOT} NBCACHE_TEST_DRIVER=tests.support.emulated:make"

@@ -103,6 +103,20 @@ def test_top_in_a_terminal(runtime_dir, tmp_path):
         assert terminal.process.wait(10) == 0
 
 
+def test_help(runtime_dir):
+    """Topics are listed, a page is Markdown in a pipe and laid out on a terminal, and a typo is answered with the nearest."""
+    assert "  models      whole models" in cli("help")
+    assert "nbcache help" in cli("--help")
+    assert cli("help", "models").startswith("# Whole models")
+    assert cli("help", "modles", code=1).strip() == "no topic 'modles'; did you mean models?"
+    assert complete("nbcache", "help", "mo") == ["models"]
+    assert not runtime_dir.exists()
+    with Terminal("help", "models") as terminal:
+        terminal.expect("nbcache help names")  # its last words
+        assert "Whole models" in terminal.text and "•" in terminal.text and "# Whole models" not in terminal.text
+        assert terminal.process.wait(10) == 0
+
+
 class Terminal:
     """A command in a pseudo-terminal of 120 columns."""
 
@@ -177,14 +191,20 @@ def test_a_frame_of_top_has_tiers_loads_and_notebooks():
     used = m.EntryStatus(
         "/models/flux-dev/t", (), "file", (), 2 * 10**9, 9, "staged", "pinned", (slab,), 1, True, 5.0, "u", (lease,)
     )
+    filling = m.EntryStatus(
+        "/models/sd3/t", (), "file", (), 3 * 10**9, 9, "staged", "pinned",
+        (m.DeviceResidence("GPU-1", "", "filling", 0),), 1, False, 0.1, "f", (), 0,
+    )  # fmt: skip
     gpu = m.DeviceStatus("GPU-1", "H100", 2 * 10**9, 85 * 10**9)
     console = Console(width=140, record=True, file=io.StringIO())
     console.print(
-        render_frame(m.Status("1", 1, 9, 60.0, m.HostStatus(6 * 10**9, 64 * 10**9), (gpu,), (loading, used)), {"k": 5e8})
+        render_frame(
+            m.Status("1", 1, 9, 60.0, m.HostStatus(6 * 10**9, 64 * 10**9), (gpu,), (loading, used, filling)), {"k": 5e8}
+        )
     )
     text = console.export_text()
     for words in (
         "6.0 GB of 64.0 GB", "2.0 GB of 85.0 GB, H100", "1.0 GB of 4.0 GB", "0.50 GB/s", "6.0 s left", "me/a.ipynb", "pid 7",
-        "host, gpu 0, pinned",
+        "host, gpu 0, pinned", "filling gpu 0",
     ):  # fmt: skip
         assert words in text

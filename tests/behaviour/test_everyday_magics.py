@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from nbcache.checkpoints import aliases
 from tests.behaviour.test_magics import LEASES, assert_usage_error
 from tests.support.checkpoints import raw_checkpoint, write_checkpoint
 from tests.support.kernels import Interpreter, Kernel
+from tests.support.waiting import eventually
 
 
 @pytest.fixture
@@ -168,6 +172,40 @@ def test_progress_in_a_notebook(kernel, tmp_path, monkeypatch):
     assert outcome.updates[-1]["text/plain"].startswith(f"{tmp_path.name}/big.safetensors: 1 tensor, 1.0 MB on cpu in ")
     quiet = kernel.try_run(f"import os\nos.environ['NBCACHE_PROGRESS'] = '0'\nw = %load_weights {path}")
     assert (quiet.displays, quiet.updates, quiet.stdout) == ([], [], "")
+
+
+def pace(daemon_pid: int, path: Path, pauses: int = 8) -> None:
+    """Hold the daemon up while it stages a file, as a slow disk would: between two pauses it answers one question."""
+    key = eventually(lambda: next((entry.key for entry in nbcache.status().entries if entry.name == str(path)), None))
+    for _ in range(pauses):
+        if next(entry.host for entry in nbcache.status().entries if entry.key == key) == "staged":
+            return
+        os.kill(daemon_pid, signal.SIGSTOP)
+        try:
+            time.sleep(0.2)  # this is the slowness; nothing is waited for
+        finally:
+            os.kill(daemon_pid, signal.SIGCONT)
+
+
+def test_progress_of_a_slow_load(checkpoint, kernel, tmp_path):
+    """What a bar tells of a real load is what the daemon has staged: it grows, with a speed, and makes way for the summary."""
+    size = 768 << 20
+    path = raw_checkpoint(tmp_path / "big.safetensors", {"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}})
+    os.truncate(path, path.stat().st_size + size)
+    kernel.run(f"small = %load_weights {checkpoint} --device cpu")
+    cell = kernel.begin(f"w = %load_weights {path} --device cpu")
+    pace(nbcache.status().pid, path)
+    outcome = kernel.finish(cell)
+    assert (outcome.error, outcome.stdout) == ("", "")
+    *drawn, last = [shown["text/plain"] for shown in (*outcome.displays, *outcome.updates)]
+    told = [re.search(r"big\.safetensors: ([\d.]+) (M?B) of 805 MB(, [\d.]+ GB/s, .* left)?$", text) for text in drawn]
+    assert told and all(told), drawn
+    staged = [float(each[1]) for each in told]
+    assert staged == sorted(staged) and staged[-1] <= 805
+    assert any(each[3] for each in told)
+    assert [text.count("█") for text in drawn] == sorted(text.count("█") for text in drawn)
+    assert last.startswith(f"{tmp_path.name}/big.safetensors: 1 tensor, 805 MB on cpu in ") and "(read from disk" in last
+    assert kernel.run("w['w'].sum().item()") == "0"
 
 
 def test_config(kernel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -107,6 +108,9 @@ def test_what_is_examined_is_there(tmp_path, monkeypatch):
         with Kernel("mine") as kernel:
             assert is_forked(kernel)
             assert examine().zygotes[0].kernels == 1
+            said = nbcache("doctor", "jupyter")
+            assert f"process {state.pid} of {sys.executable}, 1 kernel, " in said
+            assert re.search(r"imported ahead: torch [\d.]+ m?s", said)
         remove("mine")  # ends what waits, too
         eventually(lambda: not processes_of(tmp_path))
     assert os.environ.get("NBCACHE_PRELOAD") is None

@@ -48,6 +48,7 @@ def jupyter_lab(root: Path, **environment: str) -> Iterator[str]:
     token = secrets.token_hex(16)
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1"]
     options = [f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}"]
+    options += ["--LabApp.expose_app_in_browser=True"]  # for its commands, such as the one that changes the theme
     with open(artifacts() / "jupyterlab.log", "wb") as log:
         server = subprocess.Popen(
             [*command, *options, f"--ServerApp.root_dir={root}"],
