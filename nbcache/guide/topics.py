@@ -20,20 +20,6 @@ PYTHON_NAMES = (
     "load", "load_model", "put", "status", "evict", "evict_all", "pin", "unpin", "free_gpu", "enable", "load_lora", "set_lora",
     "unload_lora",
 )  # fmt: skip
-    "load",
-    "load_model",
-    "put",
-    "status",
-    "evict",
-    "evict_all",
-    "pin",
-    "unpin",
-    "free_gpu",
-    "enable",
-    "load_lora",
-    "set_lora",
-    "unload_lora",
-)
 MAGICS = ("load_weights", "save_weights", "weights", "load_lora", "unload_lora", "nbcache")
 
 
