@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import stat
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,10 +201,10 @@ class RuntimePaths:
         if chosen:
             runtime = Path(os.path.abspath(os.path.expanduser(chosen)))
             return cls(runtime, runtime)
-        return cls(
-            Path(platformdirs.user_runtime_dir("nbcache", appauthor=False)),
-            Path(platformdirs.user_state_dir("nbcache", appauthor=False)),
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a container has no XDG_RUNTIME_DIR: where there is none is our affair
+            runtime = Path(platformdirs.user_runtime_dir("nbcache", appauthor=False))
+        return cls(runtime, Path(platformdirs.user_state_dir("nbcache", appauthor=False)))
 
     @property
     def socket(self) -> Path:

@@ -16,6 +16,9 @@ app = typer.Typer(help="The kernel whose restarts skip the imports, for Jupyter.
 def install(
     name: Annotated[str, typer.Option(help="What the kernelspec is called.")] = "nbcache",
     display_name: Annotated[str, typer.Option(help="What people see; by default Python 3 (nbcache).")] = "",
+    user: Annotated[
+        bool, typer.Option("--user", help="For your servers of whichever environment; so it is by default.")
+    ] = False,
     sys_prefix: Annotated[bool, typer.Option("--sys-prefix", help="For servers of this environment alone.")] = False,
     prefix: Annotated[str, typer.Option(help="For servers of the environment with this prefix.")] = "",
     as_json: AsJson = False,
@@ -23,6 +26,8 @@ def install(
     """Install the kernel of this interpreter, for the user's Jupyter servers of whichever environment."""
     from nbcache.jupyter import kernelspec
 
+    if user + sys_prefix + bool(prefix) > 1:
+        raise typer.BadParameter("one of --user, --sys-prefix and --prefix")
     folder = kernelspec.install(name, display_name, prefix or (sys.prefix if sys_prefix else None))
     print_result({"name": name, "folder": folder} if as_json else f"installed {name} in {folder}")
 

@@ -47,7 +47,8 @@ def test_installed_used_and_removed(data_dir, tmp_path):
     assert document["metadata"]["supported_encryption"] == ["curve"]
     state = next(spec for spec in examine().specs if spec.name == "mine")
     assert (state.folder, state.problem) == (str(folder), "")
-    assert nbcache("kernelspec", "install", "--name", "mine").startswith("installed")  # again
+    assert nbcache("kernelspec", "install", "--user", "--name", "mine").startswith(f"installed mine in {folder}")  # again
+    assert "one of --user" in nbcache("kernelspec", "install", "--user", "--sys-prefix", code=2)
     with Kernel("mine", PATH="/usr/bin:/bin", VIRTUAL_ENV="/elsewhere") as kernel:  # a server of another environment
         assert kernel.run("import sys; sys.executable") == repr(sys.executable)
         assert kernel.try_run("%weights").error.startswith("UsageError: no daemon runs")
