@@ -17,7 +17,7 @@ def install(
     name: Annotated[str, typer.Option(help="What the kernelspec is called.")] = "nbcache",
     display_name: Annotated[str, typer.Option(help="What people see; by default Python 3 (nbcache).")] = "",
     user: Annotated[
-        bool, typer.Option("--user", help="For your servers of whichever environment; so it is by default.")
+        bool, typer.Option("--user", help="For your servers of any environment; the default.")
     ] = False,
     sys_prefix: Annotated[bool, typer.Option("--sys-prefix", help="For servers of this environment alone.")] = False,
     prefix: Annotated[str, typer.Option(help="For servers of the environment with this prefix.")] = "",
