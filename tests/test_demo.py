@@ -53,7 +53,7 @@ def test_minilm(place):
     assert (code, errors) == (0, "")
     assert max(map(len, output.splitlines())) < 80
     assert output.count("the same, bit for bit") == 4
-    assert output.count("(cached, ") == 2
+    assert " ".join(output.split()).count("(cached, ") == 2  # a line may break there
     runs = runs_by_row(output)
     assert len(runs) == 5, output
     assert min(count for name, count in runs.items() if "again" in name or "load_file" in name) > 1

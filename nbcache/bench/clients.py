@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from nbcache.errors import BenchmarkFailed
 
 START_TIMEOUT_S = 120.0
+HANG_UP_S = 5.0
 CELL_TIMEOUT_S = 300.0
 POLL_S = 0.05
 EXPRESSIONS = {"answer": "globals().get('answer')"}
@@ -201,10 +202,16 @@ class RestClient:
         message: dict[str, Any] = json.loads(text)
         return message
 
+    async def _end_of_messages(self) -> None:
+        while await self._websocket.read_message() is not None:
+            pass
+
     async def close(self) -> None:
         """End the kernel and the server."""
         if self._websocket is not None:
             self._websocket.close()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._end_of_messages(), HANG_UP_S)
         if self._server is None:
             return
         if self._server.returncode is None:

@@ -16,9 +16,7 @@ app = typer.Typer(help="The kernel whose restarts skip the imports, for Jupyter.
 def install(
     name: Annotated[str, typer.Option(help="What the kernelspec is called.")] = "nbcache",
     display_name: Annotated[str, typer.Option(help="What people see; by default Python 3 (nbcache).")] = "",
-    user: Annotated[
-        bool, typer.Option("--user", help="For your servers of any environment; the default.")
-    ] = False,
+    user: Annotated[bool, typer.Option("--user", help="For your servers of any environment; the default.")] = False,
     sys_prefix: Annotated[bool, typer.Option("--sys-prefix", help="For servers of this environment alone.")] = False,
     prefix: Annotated[str, typer.Option(help="For servers of the environment with this prefix.")] = "",
     as_json: AsJson = False,
