@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from nbcache.checkpoints.folders import FolderKind, PipelineIndex, kind_of, read_pipeline, weights_path
+from nbcache.client import tensors as edge
 from nbcache.errors import InvalidOption
 from nbcache.models import diffusers, pipelines, single_file, transformers
 from nbcache.models.packages import class_of, quiet, require
@@ -45,21 +44,9 @@ class Request:
 
 def assemble(folder: str, request: Request, supply: Supply) -> Assembled:
     """Load what a path holds: a pipeline, a model, or ``Weights`` where it is neither (or with ``raw``)."""
-    with _no_collection():
+    with edge.uncollected():  # the modules of a model are another reason for it to look through all that was imported
         value, what = _assemble(folder, request, supply)
     return Assembled(value, folder, what, supply.named_device, supply.tally, supply.clock.stop())
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Without the garbage collector: the modules of a model are a reason for it to look through all that was imported."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _assemble(folder: str, request: Request, supply: Supply) -> tuple[Any, str]:
