@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -66,6 +67,9 @@ def _reinstall(spec: SpecState) -> str:
         return f"`nbcache kernelspec install{name}`"
     if _is_below(spec.folder, sys.prefix):
         return f"`nbcache kernelspec install{name} --sys-prefix`"
+    prefix, kernels, _ = spec.folder.partition("/share/jupyter/kernels/")
+    if kernels:
+        return f"`nbcache kernelspec install{name} --prefix {shlex.quote(prefix)}`"
     return f"`nbcache kernelspec remove{name}`, then `nbcache kernelspec install{name}`"
 
 

@@ -85,9 +85,9 @@ def install(name: str = NAME, display_name: str = "", prefix: str | None = None)
     if not re.fullmatch(r"[A-Za-z0-9._-]*[A-Za-z0-9_-]", name):
         raise KernelSpecError(f"{name!r}: letters, digits, '.', '-' and '_' make the name of a kernelspec")
     manager = KernelSpecManager()
-    found = _spec_folder(manager, name)
-    if found is not None and not is_ours(found):
-        raise KernelSpecError(f"{name} is another kernel's name ({found}); give one of your own with --name")
+    for found in (_found(manager, name), _placed(manager, name, prefix)):
+        if found is not None and not is_ours(found):
+            raise KernelSpecError(f"{name} is another kernel's name ({found}); give one of your own with --name")
     with tempfile.TemporaryDirectory(prefix="nbcache-kernelspec-") as folder:
         Path(folder, "kernel.json").write_text(json.dumps(_document(display_name or DISPLAY_NAME), indent=1) + "\n")
         for logo in _logos():
@@ -98,15 +98,19 @@ def install(name: str = NAME, display_name: str = "", prefix: str | None = None)
             raise KernelSpecError(f"cannot write a kernelspec to {error.filename}: {error.strerror}") from error
 
 
-def remove(name: str = NAME) -> str:
-    """Remove a kernelspec of ours, and return the folder it was in. KernelSpecError if there is none, or it is another's.
+def remove(name: str = NAME, prefix: str | None = None, user: bool = False) -> tuple[str, str | None]:
+    """Remove a kernelspec of ours. The folder it was in, and that of another of this name, which Jupyter finds now.
 
-    Zygotes without kernels end.
+    ``prefix`` is an environment's; ``user`` means the user's own Jupyter folder and no other. Without either it is the user's
+    own where there is one, as ``install`` writes it, else the one that Jupyter finds. Zygotes without kernels end.
+    KernelSpecError if there is none, or it is another's.
     """
     manager = KernelSpecManager()
-    folder = _spec_folder(manager, name)
+    folder = _placed(manager, name, prefix)
+    if folder is None and prefix is None and not user:
+        folder = _found(manager, name)
     if folder is None:
-        raise KernelSpecError(f"no kernelspec is called {name}; jupyter kernelspec list shows those that there are")
+        raise KernelSpecError(_none_called(name, _found(manager, name)))
     if not is_ours(folder):
         raise KernelSpecError(f"{name} is another kernel's ({folder}); jupyter kernelspec remove {name} removes it")
     try:
@@ -114,10 +118,24 @@ def remove(name: str = NAME) -> str:
     except OSError as error:
         raise KernelSpecError(f"cannot remove {folder}: {error.strerror}") from error
     end_zygotes()
-    return folder
+    return folder, _found(manager, name)
 
 
-def _spec_folder(manager: KernelSpecManager, name: str) -> str | None:
+def _none_called(name: str, elsewhere: str | None) -> str:
+    if elsewhere is None:
+        return f"no kernelspec is called {name}; jupyter kernelspec list shows those that there are"
+    return f"no kernelspec there is called {name}; there is one in {elsewhere}"
+
+
+def _placed(manager: KernelSpecManager, name: str, prefix: str | None) -> str | None:
+    """The kernelspec's folder below a prefix, or the user's own; None if there is none."""
+    kernels = manager.user_kernel_dir if prefix is None else Path(prefix, "share", "jupyter", "kernels")
+    folder = Path(kernels, name)
+    return str(folder) if Path(folder, "kernel.json").is_file() else None
+
+
+def _found(manager: KernelSpecManager, name: str) -> str | None:
+    """The folder of the kernelspec that Jupyter finds by this name; None if there is none."""
     try:
         return str(manager.get_kernel_spec(name).resource_dir)
     except NoSuchKernel:

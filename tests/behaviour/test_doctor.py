@@ -285,6 +285,18 @@ def test_a_kernelspec_whose_interpreter_is_gone(jupyter, name):
         assert kernel.run("import sys; sys.executable") == repr(sys.executable)
 
 
+def test_a_broken_kernelspec_of_an_environment(jupyter, tmp_path, monkeypatch):
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "an env" / "share" / "jupyter"))
+    shell(f"nbcache kernelspec install --name mine --prefix '{tmp_path}/an env'")
+    file = tmp_path / "an env" / "share" / "jupyter" / "kernels" / "mine" / "kernel.json"
+    file.write_text(file.read_text().replace(sys.executable, "/gone/bin/python"))
+    found = diagnose(part="jupyter")[1]["kernelspec mine"]
+    assert found["state"] == "warning"
+    shell(remedy(found))
+    found = diagnose(part="jupyter")[1]["kernelspec mine"]
+    assert (found["state"], found["message"]) == ("ok", str(file.parent))
+
+
 def test_a_broken_kernelspec_elsewhere(jupyter, tmp_path, monkeypatch):
     """One in a folder of JUPYTER_PATH goes before the user's own, so it is removed."""
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "shared"))

@@ -64,7 +64,24 @@ def test_the_default_name_and_a_prefix(data_dir, tmp_path):
     assert json.loads((folder / "kernel.json").read_text())["display_name"] == DISPLAY_NAME
 
 
-def test_another_kernels_name_is_left_alone(data_dir):
+def test_the_one_that_was_installed_is_removed(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "env" / "share" / "jupyter"))  # goes before the user's own
+    nbcache("kernelspec", "install", "--name", "mine", "--prefix", str(tmp_path / "env"))
+    nbcache("kernelspec", "install", "--name", "mine")
+    users, environments = data_dir / "kernels" / "mine", tmp_path / "env" / "share" / "jupyter" / "kernels" / "mine"
+    said = nbcache("kernelspec", "remove", "--name", "mine")
+    assert said.strip() == f"removed mine from {users}; there is another in {environments}"
+    assert not users.exists()
+    said = nbcache("kernelspec", "remove", "--name", "mine", "--user", code=1)
+    assert f"no kernelspec there is called mine; there is one in {environments}" in said
+    document = json.loads(nbcache("kernelspec", "remove", "--name", "mine", "--prefix", str(tmp_path / "env"), "--json"))
+    assert document == {"name": "mine", "folder": str(environments), "other": None}
+    assert not environments.exists()
+    install("mine", prefix=str(tmp_path / "env"))
+    assert remove("mine") == (str(environments), None)  # the only one there is
+
+
+def test_another_kernels_name_is_left_alone(data_dir, tmp_path):
     theirs = data_dir / "kernels" / "theirs"
     theirs.mkdir(parents=True)
     (theirs / "kernel.json").write_text('{"argv": ["sh"], "display_name": "T", "language": "sh"}')
@@ -73,6 +90,10 @@ def test_another_kernels_name_is_left_alone(data_dir):
     with pytest.raises(KernelSpecError, match="another kernel's"):
         remove("theirs")
     assert KernelSpecManager().get_kernel_spec("theirs").argv == ["sh"]
+    hidden = tmp_path / "env" / "share" / "jupyter" / "kernels" / "hidden"  # where this process finds none
+    shutil.copytree(theirs, hidden)
+    with pytest.raises(KernelSpecError, match="another kernel's name"):
+        install("hidden", prefix=str(tmp_path / "env"))
 
 
 @pytest.mark.parametrize("name", ["with space", "sl/ash", ""])
