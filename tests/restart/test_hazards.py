@@ -18,11 +18,14 @@ from tests.support.kernels import REPOSITORY, Kernel
 from tests.support.waiting import eventually
 from tests.support.zygotes import is_forked, is_gone, kernel_pid, kill, zygote
 
-SLEEP = "import time\nprint('begun', flush=True)\ntime.sleep(600)"
+SLEEP = "import time\nprint('begun')\ntime.sleep(600)"  # unflushed: it arrives once the sleep has long begun
 
 
 def begin_and_wait(kernel: Kernel, code: str) -> str:
-    """Send a cell, and return once it has printed something."""
+    """Send a cell, and return once what it printed has arrived.
+
+    It must not flush: an interrupt in the midst of that can leave a lock of the kernel's stream taken for good.
+    """
 
     async def until_it_prints() -> None:
         while (await kernel._client.get_iopub_msg())["msg_type"] != "stream":
@@ -53,8 +56,8 @@ def test_an_interrupt_stops_the_cell_alone(kernel):
 
 STARTS_A_PROGRAM = """
 import subprocess
-program = subprocess.Popen(["sh", "-c", "echo begun; exec sleep 600"], stdout=subprocess.PIPE, text=True)
-print(program.stdout.readline(), flush=True)
+program = subprocess.Popen(["sleep", "600"])
+print("begun")
 program.wait()
 """
 
@@ -63,7 +66,8 @@ def test_an_interrupt_reaches_what_a_cell_has_started(kernel):
     cell = begin_and_wait(kernel, STARTS_A_PROGRAM)
     kernel.interrupt()
     assert kernel.finish(cell).error.startswith("KeyboardInterrupt")
-    assert kernel.run("program.wait(20)") == str(-signal.SIGINT)
+    sleeper = int(kernel.run("program.pid"))  # how it ended, the kernel may not know: an interrupted wait can lose that
+    eventually(lambda: is_gone(sleeper))
 
 
 def test_a_killed_launcher_takes_its_kernel_along(kernel):

@@ -49,7 +49,7 @@ async def state_after(client: RestClient, wanted: str) -> None:
 
 
 async def sleep_until_interrupted(client: RestClient) -> None:
-    cell = await client.send("import time\nprint('begun', flush=True)\ntime.sleep(600)")
+    cell = await client.send("import time\nprint('begun')\ntime.sleep(600)")
     while (message := await client.receive())["header"]["msg_type"] != "stream":
         pass
     await client.interrupt()
