@@ -5,16 +5,15 @@ Quick and silent: a daemon that does not run, hangs or speaks otherwise has no n
 
 from __future__ import annotations
 
-import difflib
 import os
 
 from nbcache.checkpoints import aliases
+from nbcache.checkpoints.formats import format_of, stem_of
 from nbcache.client.api import query
 from nbcache.client.session import Session
 from nbcache.errors import CheckpointNotFound, EntryNotFound, NBCacheError
+from nbcache.typos import nearest
 
-SUFFIXES = (".safetensors", ".index.json")
-"""Ends of the names of files that can be loaded."""
 PATIENCE_S = 0.5
 MOST = 200
 
@@ -55,7 +54,7 @@ def paths(text: str) -> list[str]:
             continue
         if entry.is_dir():
             names.append(os.path.join(folder, entry.name, ""))
-        elif entry.name.endswith(SUFFIXES):
+        elif format_of(entry.name):
             names.append(os.path.join(folder, entry.name))
     return names[:MOST]
 
@@ -70,17 +69,19 @@ def cached(text: str) -> list[str]:
 
 
 def suggest(error: NBCacheError) -> str:
-    """``; did you mean flux-dev?`` for an error about a name that does not exist; empty for others, and where none is near."""
+    """``; did you mean flux-dev?`` for an error about a name that does not exist; empty for others, and where none is near.
+
+    What a command on entries may have meant is cached; what a load may have meant may be a file, too.
+    """
     if not isinstance(error, CheckpointNotFound | EntryNotFound):
         return ""
     wanted = str(error).partition(":")[0]
-    known = {name: name for name in [*alias_names(), *entry_names()]}
-    known |= {path.rstrip("/"): path for path in paths(os.path.join(os.path.dirname(wanted), ""))}
-    by_last = {os.path.basename(name): name for name in known if os.path.basename(name)}
-    near = difflib.get_close_matches(wanted, known, 1, 0.75) or [
-        by_last[last] for last in difflib.get_close_matches(os.path.basename(wanted), by_last, 1, 0.7)
-    ]
-    return f"; did you mean {near[0]}?" if near and near[0] != wanted else ""
+    known = [*alias_names(), *entry_names()]
+    if isinstance(error, CheckpointNotFound):
+        known += [path.rstrip("/") for path in paths(os.path.join(os.path.dirname(wanted), ""))]
+    by_stem = {stem_of(os.path.basename(name)): name for name in known if os.path.basename(name)}
+    near = nearest(wanted, known, 0.75) or by_stem.get(nearest(stem_of(os.path.basename(wanted)), by_stem, 0.7), "")
+    return f"; did you mean {near}?" if near and near != wanted else ""
 
 
 def loadable(text: str) -> list[str]:

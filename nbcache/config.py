@@ -6,7 +6,6 @@ settings reach the daemon that it starts.
 
 from __future__ import annotations
 
-import difflib
 import os
 import stat
 import warnings
@@ -21,6 +20,7 @@ from traitlets import Bool, Enum, Float, List, TraitError, Unicode, default, val
 from traitlets.config import Config, Configurable
 
 from nbcache.errors import DaemonUnavailable, InvalidOption
+from nbcache.typos import did_you_mean
 from nbcache.units import parse_size
 
 
@@ -153,9 +153,8 @@ def check_names(names: Iterable[str]) -> None:
     known = NBCache.class_trait_names(config=True)
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0.5)
-            meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
-            raise TraitError(f"no option NBCache.{name}; {meant}")
+            meant = did_you_mean(name, known, 0.5) or f"; there are {', '.join(sorted(known))}"
+            raise TraitError(f"no option NBCache.{name}{meant}")
 
 
 def reply_timeout_s() -> float:

@@ -7,7 +7,6 @@ before them, and flags and ``%config`` before that. What a file sets is passed o
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,6 +18,7 @@ from traitlets.config.loader import ConfigFileNotFound, JSONFileConfigLoader, Py
 
 from nbcache.config import NBCache, check_names
 from nbcache.errors import InvalidOption, NBCacheError
+from nbcache.typos import did_you_mean
 
 BASE = "jupyter_nbcache_config"
 SECTION = "NBCache"
@@ -59,9 +59,9 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> None:
     for name in environment:
         if not name.startswith("NBCACHE_") or name in known or name.startswith("NBCACHE_TEST_"):
             continue
-        near = difflib.get_close_matches(name, known, 1, 0.85)
-        if near:
-            raise InvalidOption(f"environment: no option has the variable {name}; did you mean {near[0]}?")
+        meant = did_you_mean(name, known, 0.85)
+        if meant:
+            raise InvalidOption(f"environment: no option has the variable {name}{meant}")
 
 
 def as_text(value: object) -> str:

@@ -20,7 +20,7 @@ from nbcache.client import api
 from nbcache.errors import DaemonUnavailable
 from nbcache.jupyter.display import device_names, short_name, where
 from nbcache.protocol.messages import EntryStatus, Status
-from nbcache.units import format_duration, format_size
+from nbcache.units import format_duration, format_idle, format_size
 
 BAR_WIDTH = 40
 
@@ -104,7 +104,7 @@ def _filled(entry: EntryStatus, gpus: Mapping[str, str]) -> list[str]:
 def _entries(status: Status) -> Table:
     table, gpus = _grid("left", "right", "right", "left", "right"), device_names(status)
     for entry in sorted(status.entries, key=lambda entry: entry.last_used_s):
-        idle = "in use" if entry.leases else f"idle {format_duration(entry.last_used_s)}"
+        idle = "in use" if entry.leases else f"idle {format_idle(entry.last_used_s)}"
         place = ", ".join(where(entry, gpus)) + (", pinned" if entry.pinned else "")
         table.add_row(short_name(entry.name), format_size(entry.bytes), f"{entry.tensors} tensors", place, idle)
     return table

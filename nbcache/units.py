@@ -30,6 +30,13 @@ def format_size(size_bytes: int) -> str:
     return f"{size:.1f} TB"
 
 
+def format_idle(idle_s: float) -> str:
+    """How long nobody has used something: ``under 1 s``, ``12 s``, ``12 min``, ``5 h``."""
+    if idle_s < 1:
+        return "under 1 s"
+    return f"{idle_s:.0f} s" if idle_s < 100 else format_duration(idle_s)
+
+
 def format_duration(duration_s: float) -> str:
     """``0.8 ms``, ``3.2 s``, ``12 min``, ``5 h``."""
     if duration_s < 1:

@@ -18,6 +18,7 @@ ROOT = Path(nbcache.__file__).parent
 RANKS: dict[str, int] = {
     "errors": 0,
     "units": 1,
+    "typos": 1,
     "layout": 2,
     "config": 2,
     "settings": 3,

@@ -137,11 +137,12 @@ def current_ordinal() -> int:
 
 
 def resolve_dtype(dtype: object) -> torch.dtype | None:
-    """The dtype that was asked for, by object or name (``"bfloat16"``, ``"torch.bfloat16"``, ``"BF16"``); None if none was."""
+    """The dtype that was asked for, by object or name (``"bfloat16"``, ``"torch.bfloat16"``, ``"bf16"``); None if none was."""
     if dtype is None:
         return None
     name = str(dtype).removeprefix("torch.")
-    found = dtype if isinstance(dtype, torch.dtype) else TORCH_DTYPES.get(name) or getattr(torch, name, None)
+    short = TORCH_DTYPES.get(name.upper().replace("FP", "F"))  # a file's word for it, such as BF16, or people's
+    found = dtype if isinstance(dtype, torch.dtype) else short or getattr(torch, name, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise InvalidOption(f"dtype {dtype!r}: not a floating-point dtype of torch, such as 'bfloat16'")
     return found

@@ -12,6 +12,7 @@ from nbcache.doctor import companion, gpus, jupyter, machine
 from nbcache.doctor.findings import Finding, Report
 from nbcache.doctor.probes import ask_driver, ask_torch
 from nbcache.errors import InvalidOption, NBCacheError
+from nbcache.typos import did_you_mean
 
 PARTS = ("machine", "daemon", "jupyter", "gpu")
 
@@ -19,7 +20,7 @@ PARTS = ("machine", "daemon", "jupyter", "gpu")
 def examine(part: str = "") -> Report:
     """Look at everything, or at one of the PARTS. Takes as long as importing torch does, which a child does meanwhile."""
     if part and part not in PARTS:
-        raise InvalidOption(f"{part!r}: doctor knows {', '.join(PARTS)}")
+        raise InvalidOption(f"{part!r}: doctor knows {', '.join(PARTS)}{did_you_mean(part, PARTS)}")
     return Report.of(__version__, _findings((part,) if part else PARTS))
 
 

@@ -6,7 +6,6 @@ Imports what a page is made from when that page is asked for.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from importlib.resources import files
 from types import ModuleType
 
 from nbcache.errors import TopicNotFound
+from nbcache.typos import did_you_mean
 
 PYTHON_NAMES = (
     "load", "load_model", "put", "status", "evict", "evict_all", "pin", "unpin", "free_gpu", "enable", "load_lora", "set_lora",
@@ -164,7 +164,5 @@ def find(word: str) -> Topic:
     wanted = word.lower()
     if wanted in known:
         return known[wanted]
-    near = difflib.get_close_matches(wanted, known, 1, 0.6)
-    if near:
-        raise TopicNotFound(f"no topic {word!r}; did you mean {near[0]}?")
-    raise TopicNotFound(f"no topic {word!r}; there are {', '.join(names())}")
+    meant = did_you_mean(wanted, known) or f"; there are {', '.join(names())}"
+    raise TopicNotFound(f"no topic {word!r}{meant}")

@@ -1,4 +1,4 @@
-"""Tab in the arguments of our magics: flags and their values, what is cached, aliases, files, variables.
+"""Tab in the arguments of our magics: flags and their values, what is cached, aliases, files, variables; and mistyped ones.
 
 One completer serves every magic of a class: what a flag takes is read from the magic's own parser. IPython calls it, in a
 terminal and for a front end's ``complete_request`` alike. Quick, silent, and loads nothing.
@@ -15,6 +15,7 @@ from typing import Any
 from IPython.core.interactiveshell import InteractiveShell
 
 from nbcache import completion
+from nbcache.typos import did_you_mean
 
 DTYPES = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
 HOOK = "complete_command"
@@ -79,6 +80,16 @@ class MagicCompleter:
     def _variables(self) -> Iterable[str]:
         hidden = self._shell.user_ns_hidden
         return [name for name in self._shell.user_ns if not name.startswith("_") and name not in hidden]
+
+
+def meant(parser: argparse.ArgumentParser | None, complaint: str) -> str:
+    """What a flag or a value that argparse complains of may have meant, as the end of that error; empty if it is not known."""
+    choice = re.search(r"invalid choice: '([^']*)'", complaint)
+    flag = re.search(r"unrecognized arguments: (--[^\s=]+)", complaint)
+    actions = parser._actions if parser else []
+    if choice:
+        return did_you_mean(choice[1], [str(known) for action in actions for known in action.choices or ()])
+    return did_you_mean(flag[1], [known for action in actions for known in action.option_strings]) if flag else ""
 
 
 def _split(text: str) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nbcache.protocol.messages import EntryStatus, Lease, Status
 from nbcache.settings import Setting
-from nbcache.units import format_duration, format_size
+from nbcache.units import format_duration, format_idle, format_size
 
 if TYPE_CHECKING:
     from nbcache.client.weights import Weights
@@ -123,7 +123,7 @@ def _row(entry: EntryStatus, gpus: Mapping[str, str], private_bytes: int) -> tup
         str(entry.tensors),
         ", ".join(where(entry, gpus)),
         users or "-",
-        "-" if entry.leases else format_duration(entry.last_used_s),
+        "-" if entry.leases else format_idle(entry.last_used_s),
         ", ".join([*remarks, *([f"{format_size(private_bytes)} private here"] if private_bytes else [])]),
     )
 

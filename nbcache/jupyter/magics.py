@@ -26,7 +26,7 @@ from nbcache.client.options import SHARE_MODES
 from nbcache.client.weights import Weights, alive
 from nbcache.config import NBCache
 from nbcache.errors import EntryInUse, NBCacheError
-from nbcache.jupyter.completer import MagicCompleter
+from nbcache.jupyter.completer import MagicCompleter, meant
 from nbcache.jupyter.display import count_sharers, idle_slab_bytes, lora_summary, model_summary, short_name, summary
 from nbcache.jupyter.learning import Learner
 from nbcache.jupyter.panels import StatusView
@@ -50,6 +50,8 @@ def _one_line_errors(magic: Callable[..., R]) -> Callable[..., R | None]:
             return given if self.is_assigned() else None
         except NBCacheError as error:
             raise UsageError(f"{error}{completion.suggest(error)}") from error
+        except UsageError as error:
+            raise UsageError(f"{error}{meant(getattr(magic, 'parser', None), str(error))}") from None
 
     return wrapped
 
@@ -232,6 +234,7 @@ class NBCacheMagics(Magics):
             api.unpin(name)
         return None
 
+    @_one_line_errors
     @magic_arguments()
     @argument("state", nargs="?", choices=("on", "off"), help="Without it, show which it is.")
     @line_magic
@@ -247,7 +250,7 @@ class NBCacheMagics(Magics):
         if args.state:
             hooks.turn(args.state == "on")
         else:
-            print(f"nbcache is {'on' if hooks.is_enabled() else 'off'}")  # noqa: T201
+            self.say(f"nbcache is {'on' if hooks.is_enabled() else 'off'}")
 
     def after_cell(self, result: ExecutionResult) -> None:
         """IPython calls this after each cell: let go of weights that it dropped; help where the GPU was full."""

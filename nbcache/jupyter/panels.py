@@ -10,7 +10,7 @@ from nbcache.jupyter.display import device_names, made_how, render_status, short
 from nbcache.manifest import Manifest
 from nbcache.pages import TensorRow, bar, details, page, table, tag, tensor_table
 from nbcache.protocol.messages import EntryStatus, Status
-from nbcache.units import format_duration, format_size
+from nbcache.units import format_idle, format_size
 
 
 class StatusView:
@@ -67,7 +67,7 @@ def _row(entry: EntryStatus, gpus: Mapping[str, str], private_bytes: int) -> tup
         escape(", ".join(where(entry, gpus))),
         "<br>".join(map(escape, users)) or '<span class="dim">nobody</span>',
         format_size(private_bytes) if private_bytes else "-",
-        "in use" if entry.leases else "loading" if entry.host == "staging" else format_duration(entry.last_used_s),
+        "in use" if entry.leases else "loading" if entry.host == "staging" else format_idle(entry.last_used_s),
     )
 
 

@@ -37,10 +37,14 @@ def test_completion_through_the_kernel(checkpoint, kernel, tmp_path, use_jedi):
     aliases.add("mini", str(checkpoint))
     nbcache.put("probe-one", torch.ones(2)).release()
     (tmp_path / "sub folder").mkdir()
+    for other in ("old.pt", "tiny.gguf"):
+        (tmp_path / other).touch()
     expected = {
         "%load_weights mi": "%load_weights mini",
         "%load_weights mod": "%load_weights model.safetensors",
         "%load_weights pro": "%load_weights probe-one",
+        "%load_weights ol": "%load_weights old.pt",
+        "%load_weights tin": "%load_weights tiny.gguf",
         f"w = %load_weights {tmp_path}/mod": f"w = %load_weights {checkpoint}",
         '%load_weights "sub': '%load_weights "sub folder/',
         '%load_weights "sub f': '%load_weights "sub folder/',
@@ -83,7 +87,18 @@ def test_did_you_mean(checkpoint, kernel):
     assert_usage_error(kernel.try_run("%load_weights flux-dv"), "did you mean flux-dev?")
     assert_usage_error(kernel.try_run("%load_weights ./modle.safetensors"), "did you mean", "model.safetensors?")
     assert_usage_error(kernel.try_run("%weights evict embeding"), "did you mean embeddings?")
-    assert "did you mean" not in kernel.try_run("%load_weights zzzzzz").stderr
+    assert_usage_error(kernel.try_run("%weights relese embeddings"), "did you mean release?")
+    assert_usage_error(kernel.try_run("%load_weights flux-dev --devcie cpu"), "did you mean --device?")
+    assert_usage_error(kernel.try_run("%nbcache onn"), "did you mean on?")
+    for line in (
+        "%load_weights zzzzzz",
+        "%load_weights zzzzzz.safetensors",
+        "%weights evict model",
+        "%load_weights x --zzz 3",
+    ):
+        outcome = kernel.try_run(line)
+        assert_usage_error(outcome)
+        assert "did you mean" not in outcome.stderr
 
 
 def test_a_semicolon_silences(checkpoint, kernel):
@@ -96,6 +111,8 @@ def test_a_semicolon_silences(checkpoint, kernel):
     assert kernel.run("len(v)") == "4"
     assert kernel.run("%save_weights kept w;") == ""
     assert kernel.run("%save_weights kept w").endswith("(saved)")
+    assert kernel.run("%nbcache off;") == ""
+    assert kernel.run("%nbcache") == "nbcache is off"
 
 
 def test_release(checkpoint, kernel):

@@ -465,7 +465,7 @@ def test_private_weights_are_copies(checkpoint):
     assert_same(load(checkpoint), load_file(checkpoint))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", "torch.bfloat16", "BF16"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", "torch.bfloat16", "BF16", "bf16"])
 def test_dtype_cast(folder, dtype):
     path = folder / "model.safetensors"
     tensors = {name: random_tensor(of, (5, 3)) for name, of in DTYPES.items() if name != "F4"}
@@ -527,7 +527,7 @@ def test_default_device_without_a_gpu(checkpoint, monkeypatch):
     assert nbcache.load(str(checkpoint)).device == torch.device("cpu")
 
 
-@pytest.mark.parametrize("dtype", ["float99", "int8", "nn", "", 16])
+@pytest.mark.parametrize("dtype", ["float99", "int8", "nn", "", 16, "q4_0"])
 def test_dtypes_that_do_not_exist(checkpoint, dtype):
     with pytest.raises(errors.InvalidOption, match="dtype"):
         load(checkpoint, dtype=dtype)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbcache.errors import InvalidOption
-from nbcache.units import format_duration, format_size, parse_size
+from nbcache.units import format_duration, format_idle, format_size, parse_size
 
 
 @pytest.mark.parametrize(
@@ -91,6 +91,11 @@ def test_a_size_is_written_with_three_digits(size_bytes, text):
 @given(st.integers(0, 10**15))
 def test_a_written_size_reads_back_as_nearly_the_same(size_bytes):
     assert parse_size(format_size(size_bytes)) == pytest.approx(size_bytes, rel=0.06)
+
+
+@pytest.mark.parametrize(("idle_s", "text"), [(0.0, "under 1 s"), (1.2, "1 s"), (59.7, "60 s"), (120.0, "2 min")])
+def test_how_long_something_is_idle_is_said_to_the_second(idle_s, text):
+    assert format_idle(idle_s) == text
 
 
 @pytest.mark.parametrize(
