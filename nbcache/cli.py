@@ -6,6 +6,7 @@ it was called wrongly. ``--json`` prints one document for scripts. Never imports
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -178,8 +179,15 @@ def top(
 @app.command("config")
 def show_config(context: typer.Context, as_json: AsJson = False) -> None:
     """Show the options in force, and what set each: a file of Jupyter's config path, the environment, a flag."""
-    found = settings.in_force(context.obj or ())
+    found = settings.in_force(context.obj or (), _started_with())
     print_result(found if as_json else render_settings(found))
+
+
+def _started_with() -> dict[str, str]:
+    """The options of the daemon that runs; none if it does not, or does not answer soon."""
+    with contextlib.suppress(NBCacheError), Session.open(start=False, reply_timeout_s=completion.PATIENCE_S) as session:
+        return api.query(session).settings
+    return {}
 
 
 @app.command("help")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -26,6 +27,10 @@ OTHER_VARIABLES = ("NBCACHE_RUNTIME_DIR", "NBCACHE_PROGRESS")
 """Variables that are no options: where the daemon is met, and whether loads show how far they are."""
 
 
+DAEMON_OPTIONS = ("gpu_keep_s", "gpu_low_watermark", "host_limit")
+"""Options that a daemon takes from whoever starts it, and keeps."""
+
+
 class Setting(msgspec.Struct, frozen=True):
     """An option, its value now, what set it, and what it is for."""
 
@@ -33,6 +38,8 @@ class Setting(msgspec.Struct, frozen=True):
     value: Any
     source: str
     help: str
+    daemon: str | None = None
+    """What the daemon that runs was started with instead, as text; None if that is the same, or no concern of a daemon's."""
 
 
 def options() -> tuple[str, ...]:
@@ -131,8 +138,16 @@ def set_flag(flag: str, environment: dict[str, str] | os._Environ[str] = os.envi
     return name
 
 
-def in_force(flags: Iterable[str] = ()) -> list[Setting]:
-    """Every option: its value here and now, and what set it. InvalidOption for a value that cannot be."""
+def of_daemon(config: NBCache) -> dict[str, str]:
+    """What a daemon of this configuration says that it was started with."""
+    return {option: as_text(getattr(config, option)) for option in DAEMON_OPTIONS}
+
+
+def in_force(flags: Iterable[str] = (), started_with: Mapping[str, str] = MappingProxyType({})) -> list[Setting]:
+    """Every option: its value here and now, and what set it. InvalidOption for a value that cannot be.
+
+    ``started_with`` is what the daemon that runs says of itself.
+    """
     check_environment()
     files, flagged = read_files(), set(flags)
     adopt()
@@ -148,7 +163,9 @@ def in_force(flags: Iterable[str] = ()) -> list[Setting]:
         elif text is not None:
             source = f"environment {variable}"
         help_text = " ".join(NBCache.class_traits()[option].help.split())
-        settings.append(Setting(option, _value(config, option), source, help_text))
+        value = _value(config, option)
+        other = started_with.get(option, as_text(value))
+        settings.append(Setting(option, value, source, help_text, other if other != as_text(value) else None))
     return settings
 
 

@@ -26,6 +26,7 @@ from nbcache.daemon.server import Server
 from nbcache.daemon.service import Service
 from nbcache.errors import DaemonUnavailable
 from nbcache.memory.driver import open_driver
+from nbcache.settings import of_daemon
 from nbcache.units import parse_size
 
 log = logging.getLogger("nbcache.daemon")
@@ -69,7 +70,7 @@ class Daemon:
 
     def _open_service(self, port: Port) -> Service:
         policy = GpuPolicy(self._config.gpu_keep_s, parse_size(self._config.gpu_low_watermark))
-        return Service(port, self._config.host_limit_bytes, open_driver, policy)
+        return Service(port, self._config.host_limit_bytes, open_driver, policy, settings=of_daemon(self._config))
 
     def _bind(self) -> socket.socket:
         self._paths.socket.unlink(missing_ok=True)  # stale: we hold the lock

@@ -29,7 +29,8 @@ def describe_status(
     driver: Driver | None,
     uptime_s: float,
     now_s: float,
-    staged_bytes: Callable[[str], int] = lambda key: 0,
+    staged_bytes: Callable[[str], int],
+    settings: Mapping[str, str],
 ) -> m.Status:
     """The document that ``nbcache status --json`` prints. ``users`` are found by lease, ``staged_bytes`` by key."""
     gpus = driver.gpus() if driver else ()
@@ -41,6 +42,7 @@ def describe_status(
         host=m.HostStatus(store.used_bytes, store.limit_bytes),
         devices=tuple(m.DeviceStatus(gpu.uuid, gpu.name, store.slab_bytes(gpu.uuid), gpu.total_bytes) for gpu in gpus),
         entries=tuple(_entry_status(entry, users, now_s, staged_bytes(entry.key)) for entry in store.entries.values()),
+        settings=dict(settings),
     )
 
 

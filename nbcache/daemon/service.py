@@ -11,7 +11,8 @@ import itertools
 import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import msgspec
 
@@ -54,8 +55,10 @@ class Service:
         open_driver: Callable[[], Driver],
         policy: GpuPolicy,
         clock: Callable[[], float] = time.monotonic,
+        settings: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._port = port
+        self._settings = settings
         self._policy = policy
         self._clock = clock
         self._started_s = clock()
@@ -273,7 +276,9 @@ class Service:
             return
         now_s = self._clock()
         users, driver = self._port.connections, self._tiers.driver_in_use
-        document = describe_status(self._store, users, driver, now_s - self._started_s, now_s, self._staged_bytes)
+        document = describe_status(
+            self._store, users, driver, now_s - self._started_s, now_s, self._staged_bytes, self._settings
+        )
         fd = seal_bytes("status", msgspec.json.encode(document))
         try:
             self._port.reply(connection, m.Document(), [fd])

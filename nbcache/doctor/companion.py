@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from nbcache.doctor.findings import Finding, broken, ok, warning
 from nbcache.doctor.machine import check_limits
 from nbcache.errors import DaemonError, DaemonUnavailable, DaemonUnresponsive, NBCacheError
 from nbcache.protocol.messages import PROTOCOL_VERSION, Status
+from nbcache.settings import configured, of_daemon
 from nbcache.units import format_duration
 
 PATIENCE_S = 5.0
@@ -68,9 +70,21 @@ def check_daemon(paths: RuntimePaths, wanted_bytes: int) -> Iterator[Finding]:
 
 def _version(status: Status) -> Finding:
     seen = f"process {status.pid}, nbcache {status.version}, up {format_duration(status.uptime_s)}"
+    anew = "`nbcache restart`, when what is saved may go"
     if status.version != __version__:
-        return warning("daemon", f"{seen}; this is nbcache {__version__}", "`nbcache restart`, when what is saved may go")
+        return warning("daemon", f"{seen}; this is nbcache {__version__}", anew)
+    others = _other_options(status)
+    if others:
+        return warning("daemon", f"{seen}; it was started with {', '.join(others)}, which is set otherwise now", anew)
     return ok("daemon", f"{seen}, protocol {PROTOCOL_VERSION}")
+
+
+def _other_options(status: Status) -> list[str]:
+    """The daemon's options that a new one would have otherwise; none where what is set is wrong, which is told elsewhere."""
+    with contextlib.suppress(NBCacheError):
+        wanted = of_daemon(configured())
+        return [f"{option} = {value or '-'}" for option, value in status.settings.items() if wanted.get(option, value) != value]
+    return []
 
 
 def _unreachable(paths: RuntimePaths, error: DaemonUnavailable) -> Finding:

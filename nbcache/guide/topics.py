@@ -68,7 +68,11 @@ def _options() -> str:
     from nbcache import settings
     from nbcache.config import NBCache
 
-    parts = ["# Options", _plain(settings), "`nbcache config` shows what is in force."]
+    parts = [
+        "# Options",
+        _plain(settings),
+        "`nbcache config` shows what is in force, and what the daemon that runs was started with, if that is something else.",
+    ]
     parts += [
         f"- **{name}**: {' '.join(trait.help.split())}" for name, trait in sorted(NBCache.class_traits(config=True).items())
     ]

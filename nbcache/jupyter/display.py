@@ -95,8 +95,16 @@ def device_names(status: Status) -> dict[str, str]:
 
 def render_settings(settings: Sequence[Setting]) -> str:
     """Options as lines of text: name, value, and what set it."""
-    rows = [("option", "value", "set by"), *((each.option, str(each.value) or "-", each.source) for each in settings)]
-    return "\n".join(_columns(rows))
+    rows = [("option", "value", "set by"), *((each.option, _text(each.value), each.source) for each in settings)]
+    others = [f"{each.option} = {each.daemon or '-'}" for each in settings if each.daemon is not None]
+    remark = [f"the daemon that runs was started with {', '.join(others)}; `nbcache restart` starts one anew"] if others else []
+    return "\n".join([*_columns(rows), *remark])
+
+
+def _text(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "(none)"
+    return "-" if value is None or value == "" else str(value)
 
 
 def idle_slab_bytes(status: Status) -> int:

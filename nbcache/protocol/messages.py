@@ -277,3 +277,5 @@ class Status(msgspec.Struct, frozen=True):
     host: HostStatus
     devices: tuple[DeviceStatus, ...]
     entries: tuple[EntryStatus, ...]
+    settings: dict[str, str] = {}
+    """The options that it was started with, as environment variables would hold them."""

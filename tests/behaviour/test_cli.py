@@ -118,7 +118,7 @@ def test_status(checkpoint):
     weights = nbcache.load(str(checkpoint), device="cpu")
     nbcache.put("saved", torch.ones(3)).release()
     document = json.loads(cli("status", "--json"))
-    assert set(document) == {"version", "protocol", "pid", "uptime_s", "host", "devices", "entries"}
+    assert set(document) == {"version", "protocol", "pid", "uptime_s", "host", "devices", "entries", "settings"}
     assert (document["version"], document["protocol"]) == (nbcache.__version__, PROTOCOL_VERSION)
     assert document["pid"] == nbcache.status().pid
     assert document["uptime_s"] >= 0

@@ -168,6 +168,17 @@ def test_a_daemon_that_cannot_be_reached(checkpoint, runtime_dir):
     assert diagnose(part="daemon")[0] == 0
 
 
+def test_a_daemon_with_other_options(checkpoint):
+    nbcache.load(str(checkpoint), device="cpu").release()
+    code, findings = diagnose("NBCACHE_HOST_LIMIT=1G", part="daemon")
+    assert code == 0
+    assert findings["daemon"]["state"] == "warning"
+    assert "was started with host_limit = -, which is set otherwise now" in findings["daemon"]["message"]
+    shell(f"NBCACHE_HOST_LIMIT=1G {remedy(findings['daemon'])}")
+    assert diagnose("NBCACHE_HOST_LIMIT=1G", part="daemon")[1]["daemon"]["state"] == "ok"
+    assert nbcache.status().host.limit_bytes == 10**9
+
+
 def test_a_daemon_that_hangs(checkpoint):
     nbcache.load(str(checkpoint), device="cpu").release()
     pid = nbcache.status().pid

@@ -75,6 +75,13 @@ def test_config(runtime_dir, tmp_path):
     path = write_checkpoint(tmp_path / "m.safetensors")
     cli("load", str(path), **where)
     assert nbcache.status().host.limit_bytes == 2 * 10**9  # the daemon heard of it
+    assert "the daemon that runs" not in cli("config", **where)
+    assert "the daemon that runs was started with host_limit = 2GB; `nbcache restart`" in cli("config")
+    changed = {each["option"]: each["daemon"] for each in json.loads(cli("config", "--json", "--NBCache.gpu_keep_s=7"))}
+    assert {option: was for option, was in changed.items() if was is not None} == {"gpu_keep_s": "600.0", "host_limit": "2GB"}
+    cli("restart")
+    assert "the daemon that runs" not in cli("config")
+    assert nbcache.status().host.limit_bytes > 2 * 10**9
     assert "did you mean host_limit?" in cli("status", "--NBCache.host_limt=1G", code=1)
     assert "did you mean NBCACHE_GPU_KEEP_S?" in cli("config", code=1, NBCACHE_GPU_KEP_S="3")
 
