@@ -64,6 +64,11 @@ def _parameters(function: Callable[..., object]) -> str:
     return str(signature.replace(parameters=bare, return_annotation=nothing))
 
 
+IN_FORCE = (
+    "`nbcache config` shows what is in force, and what the daemon that runs was started with where that is something else."
+)
+
+
 def _options() -> str:
     from nbcache import settings
     from nbcache.config import NBCache
@@ -71,7 +76,7 @@ def _options() -> str:
     parts = [
         "# Options",
         _plain(settings),
-        "`nbcache config` shows what is in force, and what the daemon that runs was started with, if that is something else.",
+        IN_FORCE,
     ]
     parts += [
         f"- **{name}**: {' '.join(trait.help.split())}" for name, trait in sorted(NBCache.class_traits(config=True).items())
