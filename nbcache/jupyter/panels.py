@@ -36,10 +36,10 @@ def render_status_html(status: Status, manifest_of: Callable[[str], Manifest], p
     if not status.entries:
         return page(_tiers(status), '<p class="dim">nothing cached</p>')
     gpus = device_names(status)
-    head = ("entry", "size", "tensors", "where", "used by", "private here", "idle")
+    head = ("entry", "size", "where", "used by", "private here")
     rows = [_row(entry, gpus, private_bytes.get(entry.key, 0)) for entry in status.entries]
     opened = [_opened(entry, manifest_of) for entry in status.entries]
-    return page(_tiers(status), table(head, rows, (1, 2, 5, 6), opened))
+    return page(_tiers(status), table(head, rows, (1, 4), opened))
 
 
 def _tiers(status: Status) -> str:
@@ -63,11 +63,9 @@ def _row(entry: EntryStatus, gpus: Mapping[str, str], private_bytes: int) -> tup
     return (
         name,
         format_size(entry.bytes),
-        str(entry.tensors),
         escape(", ".join(where(entry, gpus))),
-        "<br>".join(map(escape, users)) or '<span class="dim">nobody</span>',
+        "<br>".join(map(escape, users)) or f'<span class="dim">nobody for {format_idle(entry.last_used_s)}</span>',
         format_size(private_bytes) if private_bytes else "-",
-        "in use" if entry.leases else "loading" if entry.host == "staging" else format_idle(entry.last_used_s),
     )
 
 
@@ -77,4 +75,4 @@ def _opened(entry: EntryStatus, manifest_of: Callable[[str], Manifest]) -> str:
     except NBCacheError:  # evicted between two questions
         return ""
     rows = [TensorRow(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in manifest.tensors]
-    return details('<span class="dim">tensors</span>', tensor_table(rows))
+    return details(f'<span class="dim">{entry.tensors} tensor{"s" if entry.tensors != 1 else ""}</span>', tensor_table(rows))

@@ -98,10 +98,10 @@ def test_a_status():
         "host, gpu 0 as BF16",
         "me/a.ipynb (pid 7)",
         "40 B",
-        "in use",
+        "1 tensor",
         "1 B of 4 B",
     ):
         assert words in reader.text
     assert "w" in reader.cells  # its tensor
     staging = render_status_html(status(host="staging", staged_bytes=25, leases=0, used_by=()), lambda key: MANIFEST, {})
-    assert "width:25.0%" in staging and "loading" in read(staging).text and "nobody" in read(staging).text
+    assert "width:25.0%" in staging and "host (staging)" in read(staging).text and "nobody for 3 s" in read(staging).text
