@@ -221,7 +221,9 @@ def _copy(sources: Sequence[torch.Tensor | None], present: Sequence[torch.Tensor
     empty = [p for s, p in pairs if s is None or s.shape != p.shape]
     if empty:
         torch._foreach_zero_(empty)
-    torch._foreach_copy_([_corner(p, s) for s, p in pairs if s is not None], [s for s in sources if s is not None])
+    full = [(_corner(p, s), s) for s, p in pairs if s is not None]
+    if full:  # a LoRA may have nothing for this component
+        torch._foreach_copy_([p for p, _ in full], [s for _, s in full])
 
 
 def _bind(reading: Reading, sources: Sequence[torch.Tensor | None], present: Sequence[torch.Tensor]) -> None:

@@ -92,19 +92,20 @@ def sdxl(seed: int = 0) -> Any:
 def outputs(pipe: Any) -> list[torch.Tensor]:
     """What the models of a pipeline make of fixed inputs: the denoiser, then each text encoder that it has."""
     generator = torch.Generator().manual_seed(7)
+    device = next((getattr(pipe, "unet", None) or pipe.transformer).parameters()).device
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator).to(device)
 
     with torch.no_grad():
         if hasattr(pipe, "unet"):
             found = [_unet_output(pipe.unet, random)]
         elif isinstance(pipe, StableDiffusion3Pipeline):
             inputs = {"encoder_hidden_states": random(1, 5, WIDTH), "pooled_projections": random(1, 64)}
-            found = [pipe.transformer(random(1, 4, 8, 8), timestep=torch.tensor([3.0]), **inputs).sample]
+            found = [pipe.transformer(random(1, 4, 8, 8), timestep=random(1).abs(), **inputs).sample]
         else:
             found = [flux_output(pipe.transformer)]
-        ids = torch.arange(6)[None]
+        ids = torch.arange(6, device=device)[None]
         texts = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
         return found + [encoder(ids).last_hidden_state for encoder in texts if encoder is not None]
 
