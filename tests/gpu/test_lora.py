@@ -99,11 +99,12 @@ def paths(write) -> list[str]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_as_the_stock_loader(kernel, write, layout):
     make, save = LAYOUTS[layout]
+    again = "injected" if "control" in layout else "swapped"  # its inputs are wider than the model's
     path = save(write, "lora", make())
     kernel.run(f"make = LAYOUTS[{layout!r}][0]; pipe = to_device(make()); before = outputs(pipe); None")
     assert kernel.run(f"r = nbcache.load_lora(pipe, {path!r}); [r.how, r.found]") == ["injected", "converted"]
     assert kernel.run(f"other = stock(to_device(make()), {path!r}); alike(pipe, other)") == [True, True]
-    assert kernel.run(f"r = nbcache.load_lora(pipe, {path!r}); [r.how, r.found]") == ["swapped", "hot"]
+    assert kernel.run(f"r = nbcache.load_lora(pipe, {path!r}); [r.how, r.found]") == [again, "hot"]
     assert kernel.run("alike(pipe, other)") == [True, True]
     assert kernel.run("nbcache.unload_lora(pipe); identical(outputs(pipe), before)")
 
