@@ -11,58 +11,36 @@ import keyword
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from functools import wraps
-from typing import Any, TypeVar
+from typing import Any
 
 from IPython.core.error import UsageError
 from IPython.core.interactiveshell import ExecutionResult, InteractiveShell
-from IPython.core.magic import Magics, line_magic, magics_class, no_var_expand
+from IPython.core.magic import line_magic, magics_class, no_var_expand
 from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
 
-from nbcache import completion, settings
+from nbcache import settings
 from nbcache.client import api
 from nbcache.client.options import SHARE_MODES
 from nbcache.client.weights import Weights, alive
 from nbcache.config import NBCache
 from nbcache.errors import EntryInUse, NBCacheError
-from nbcache.jupyter.completer import MagicCompleter, meant
-from nbcache.jupyter.display import count_sharers, idle_slab_bytes, lora_summary, model_summary, short_name, summary
+from nbcache.jupyter.completer import MagicCompleter
+from nbcache.jupyter.display import count_sharers, idle_slab_bytes, lora_summary, model_summary, summary
 from nbcache.jupyter.learning import Learner
+from nbcache.jupyter.manners import MannerlyMagics, first_word, one_line_errors, unquoted
 from nbcache.jupyter.panels import StatusView
-from nbcache.jupyter.progress import Progress, find_screen
 from nbcache.jupyter.release import release
 from nbcache.models import api as models
 from nbcache.models import hooks
 from nbcache.units import format_size
 
-R = TypeVar("R")
-
-
-def _one_line_errors(magic: Callable[..., R]) -> Callable[..., R | None]:
-    @wraps(magic)
-    def wrapped(self: NBCacheMagics, line: str) -> R | None:
-        try:
-            if not line.rstrip().endswith(";"):
-                return magic(self, line)
-            with self.silent():
-                given = magic(self, line.rstrip().rstrip(";"))
-            return given if self.is_assigned() else None
-        except NBCacheError as error:
-            raise UsageError(f"{error}{completion.suggest(error)}") from error
-        except UsageError as error:
-            raise UsageError(f"{error}{meant(getattr(magic, 'parser', None), str(error))}") from None
-
-    return wrapped
-
 
 @magics_class
-class NBCacheMagics(Magics):
+class NBCacheMagics(MannerlyMagics):
     """The magics of one shell, and its settings: ``%config NBCache`` shows and sets them for what this kernel starts."""
 
     def __init__(self, shell: InteractiveShell) -> None:
         super().__init__(shell)
-        self._silent = False
         self.completer = MagicCompleter(shell, {name: getattr(self, name) for name in self.magics["line"]})
         self.settings = NBCache(parent=shell)
         self.settings.observe(_export, self.settings.trait_names(config=True))
@@ -71,7 +49,7 @@ class NBCacheMagics(Magics):
             hooks.enable()
         self.learner = Learner(self.settings)
 
-    @_one_line_errors
+    @one_line_errors
     @magic_arguments()
     @argument(
         "name",
@@ -104,7 +82,7 @@ class NBCacheMagics(Magics):
         if args.variable and (not args.variable.isidentifier() or keyword.iskeyword(args.variable)):
             raise UsageError(f"--as {args.variable}: not the name of a variable")
         start = time.perf_counter()
-        name = _unquoted(args.name)
+        name = unquoted(args.name)
         where = {"revision": args.revision, "variant": args.variant, "subfolder": args.subfolder}
         made = None
         with self.progress(args.name) as progress:
@@ -129,10 +107,10 @@ class NBCacheMagics(Magics):
             self.say(self.summarize(loaded, time.perf_counter() - start), progress)
         if not args.variable:
             return loaded
-        self._shell.user_ns[args.variable] = loaded
+        self.the_shell.user_ns[args.variable] = loaded
         return None
 
-    @_one_line_errors
+    @one_line_errors
     @no_var_expand
     @line_magic
     def save_weights(self, line: str) -> None:
@@ -145,14 +123,14 @@ class NBCacheMagics(Magics):
             %save_weights embeddings embeddings
             %save_weights probe {"w": probe.weight, "b": probe.bias}
         """
-        name, expression = _first_word(line.strip())
+        name, expression = first_word(line.strip())
         if not expression.strip():
             raise UsageError("%save_weights NAME EXPR: a name, and what to keep under it")
         start = time.perf_counter()
-        weights = api.put(_unquoted(name), self._shell.ev(expression.strip()))
+        weights = api.put(unquoted(name), self.the_shell.ev(expression.strip()))
         self.say(summary(weights, time.perf_counter() - start, "saved"))
 
-    @_one_line_errors
+    @one_line_errors
     @magic_arguments()
     @argument("name", metavar="NAME", help="The path of a LoRA: a .safetensors file, or a folder with one.")
     @argument("pipe", metavar="PIPE", help="The pipeline or model: a variable, or any expression without blanks.")
@@ -170,10 +148,10 @@ class NBCacheMagics(Magics):
         from nbcache.models.lora import load_lora
 
         args = parse_argstring(self.load_lora, line)
-        loaded = load_lora(self._shell.ev(_unquoted(args.pipe)), _unquoted(args.name), args.scale, _unquoted(args.adapter))
+        loaded = load_lora(self.the_shell.ev(unquoted(args.pipe)), unquoted(args.name), args.scale, unquoted(args.adapter))
         self.say(lora_summary(loaded))
 
-    @_one_line_errors
+    @one_line_errors
     @magic_arguments()
     @argument("pipe", metavar="PIPE", help="The pipeline or model: a variable, or any expression without blanks.")
     @argument("adapter", nargs="?", metavar="A", help="The adapter to take out. Default: all that were put in by %%load_lora.")
@@ -189,9 +167,9 @@ class NBCacheMagics(Magics):
         from nbcache.models.lora import unload_lora
 
         args = parse_argstring(self.unload_lora, line)
-        unload_lora(self._shell.ev(_unquoted(args.pipe)), _unquoted(args.adapter) if args.adapter else None)
+        unload_lora(self.the_shell.ev(unquoted(args.pipe)), unquoted(args.adapter) if args.adapter else None)
 
-    @_one_line_errors
+    @one_line_errors
     @magic_arguments()
     @argument(
         "action",
@@ -217,7 +195,7 @@ class NBCacheMagics(Magics):
         if not args.action:
             private = {weights.key: weights.private_bytes for weights in alive()}
             return StatusView(api.status(), api.manifest, private)
-        name = _unquoted(args.name or "")
+        name = unquoted(args.name or "")
         if args.action == "free-gpu":
             freed = api.free_gpu(name)
             self.say(f"freed {format_size(freed.freed_bytes)} of GPU memory")
@@ -225,7 +203,7 @@ class NBCacheMagics(Magics):
         if not name:
             raise UsageError(f"%weights {args.action} NAME: which entry?")
         if args.action == "release":
-            self.say(release(self._shell, name))
+            self.say(release(self.the_shell, name))
         elif args.action == "evict":
             _evict(name)
         elif args.action == "pin":
@@ -234,7 +212,7 @@ class NBCacheMagics(Magics):
             api.unpin(name)
         return None
 
-    @_one_line_errors
+    @one_line_errors
     @magic_arguments()
     @argument("state", nargs="?", choices=("on", "off"), help="Without it, show which it is.")
     @line_magic
@@ -264,41 +242,12 @@ class NBCacheMagics(Magics):
                 if idle:
                     print(f"nbcache: {format_size(idle)} of GPU memory hold weights that no kernel uses: %weights free-gpu")  # noqa: T201
 
-    def say(self, line: str, progress: Progress | None = None) -> None:
-        """Print, in place of a load's bar where there is one, and not if the line that was typed ends in a semicolon."""
-        if not (progress and progress.finish(line)) and not self._silent:
-            print(line)  # noqa: T201
-
-    @contextlib.contextmanager
-    def silent(self) -> Iterator[None]:
-        """Say nothing meanwhile."""
-        self._silent = True
-        try:
-            yield
-        finally:
-            self._silent = False
-
-    def is_assigned(self) -> bool:
-        """Whether the cell that runs ends with an assignment from a magic rather than with a magic alone."""
-        history: Any = self._shell.history_manager
-        lines = [line for line in history.input_hist_raw[-1].splitlines() if line.strip()]
-        return not (lines and lines[-1].lstrip().startswith("%"))
-
-    def progress(self, name: str) -> Progress:
-        """The bar of a load, where it may be drawn."""
-        return Progress(short_name(_unquoted(name)), None if self._silent else find_screen(sys.stdout, self._shell))
-
     def summarize(self, weights: Weights, seconds: float) -> str:
         """The line about a load, with who else uses the entry."""
         sharers = 0
         with contextlib.suppress(NBCacheError):
             sharers = count_sharers(api.status(), weights.key, os.getpid())
         return summary(weights, seconds, sharers=sharers)
-
-    @property
-    def _shell(self) -> InteractiveShell:
-        assert self.shell is not None
-        return self.shell
 
 
 def _evict(name: str) -> None:
@@ -316,18 +265,6 @@ def _export(change: Any) -> None:  # noqa: ANN401 - traitlets gives a bunch
         os.environ.pop(settings.variable_of(change.name), None)
     else:
         os.environ[settings.variable_of(change.name)] = settings.as_text(change.new)
-
-
-def _first_word(line: str) -> tuple[str, str]:
-    """The first word of a line, which quotes may hold together, and the rest."""
-    quoted = line[:1] in ("'", '"') and line[0] in line[1:]
-    end = line.index(line[0], 1) + 1 if quoted else len(line.partition(" ")[0])
-    return line[:end], line[end:]
-
-
-def _unquoted(text: str) -> str:
-    """IPython splits a line at blanks and leaves the quotes that protect some of them."""
-    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
 def register(shell: InteractiveShell) -> None:
