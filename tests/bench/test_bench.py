@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -26,6 +27,7 @@ from nbcache.bench.tables import render_gpu
 from nbcache.client.session import Session
 from nbcache.errors import BenchmarkFailed, CheckpointNotFound, InvalidOption
 from tests.support.checkpoints import write_checkpoint
+from tests.support.kernels import REPOSITORY
 
 TINY = 64
 """FLUX's dimensions divided by this: 5.9 MB."""
@@ -407,3 +409,14 @@ def test_lora_is_measured_beside_the_stock_loader_and_equals_it(emulated, monkey
     text = render_lora(report)
     assert text.count("as stock") == 3
     assert "12 random swaps among 3" in text
+
+
+def test_the_steps_of_a_load(emulated, tmp_path):
+    """What is printed names the steps that a fill and a hit are made of."""
+    for flags, wanted in (
+        ([], ("in all", "request Fill", "copy", "committed", "close")),
+        (["--resident"], ("attach", "map_slab")),
+    ):
+        command = [sys.executable, "-m", "tests.bench.steps", "--mb", "4", "--runs", "2", *flags]
+        said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout
+        assert all(re.search(rf"^ +[\d.]+ +[\d.]+ +{step}", said, re.MULTILINE) for step in wanted), said
