@@ -11,8 +11,6 @@ Importing this module imports neither torch nor anything else that is slow.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 __version__ = "0.1.0"
 
 __all__ = [
@@ -44,7 +42,10 @@ _HOMES = {
 }
 """Where public functions live that are not in the client's API."""
 
+TYPE_CHECKING = False  # checkers know the name; a restart need not wait for typing
 if TYPE_CHECKING:
+    from typing import Any
+
     from IPython.core.interactiveshell import InteractiveShell
 
     from nbcache import errors

@@ -14,12 +14,15 @@ import select
 import signal
 import sys
 import time
-from typing import NoReturn
 
 if not __package__:  # as a script: nbcache is found beside all else, not before it
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 from nbcache.jupyter import handover
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 PROGRAM = "nbcache.jupyter.launcher" if __package__ else sys.argv[0]
 KERNEL = "ipykernel_launcher"
