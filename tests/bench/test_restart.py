@@ -12,16 +12,27 @@ import msgspec
 import pytest
 
 from nbcache.bench.clients import answer_of
-from nbcache.bench.restart import RestartReport, measure_restart, render_restart
+from nbcache.bench.restart import measure_restart
+from nbcache.bench.restart_report import RestartReport, render_restart
 from nbcache.errors import BenchmarkFailed, CheckpointNotFound
+from nbcache.units import format_duration
 from tests.support.checkpoints import write_checkpoint
+
+MISSING = "import nothing_of_the_kind"
 
 
 def test_both_kernels_are_restarted_in_turns(tmp_path):
     path = write_checkpoint(tmp_path / "model.safetensors")
     steps: list[str] = []
-    report = measure_restart(str(path), "cpu", [""], "manager", 2, steps.append)
-    assert len(steps) == 3
+    reports: list[RestartReport] = []
+    report = measure_restart(str(path), "cpu", ["", MISSING], "manager", 2, steps.append, reports.append)
+    assert [step for step in steps if step.startswith("restart ")] == [
+        f"restart {n + 1} of 2 with torch alone: python3 {format_duration(report.restarts[0].stock.runs_s[n])}, "
+        f"nbcache {format_duration(report.restarts[0].ours.runs_s[n])}"
+        for n in range(2)
+    ]
+    assert [(len(each.restarts[0].ours.runs_s), each.complete) for each in reports] == [(1, False), (2, False), (2, True)]
+    assert reports[-1] == report
     (restarts,) = report.restarts
     assert len(restarts.stock.runs_s) == len(restarts.ours.runs_s) == 2
     assert restarts.forked == 2
@@ -32,12 +43,20 @@ def test_both_kernels_are_restarted_in_turns(tmp_path):
     text = render_restart(report)
     assert f"{restarts.ratio:.1f}x" in text
     assert "2 of 2 forked" in text
+    assert "nothing_of_the_kind" in report.failed[MISSING]
+    assert f"not measured: {MISSING}: a cell raised ModuleNotFoundError" in text
     assert msgspec.json.decode(msgspec.json.encode(report), type=RestartReport) == report
 
 
 def test_a_checkpoint_that_is_not_there(tmp_path):
     with pytest.raises(CheckpointNotFound):
         measure_restart(str(tmp_path / "none.safetensors"), "cpu", [""])
+
+
+def test_a_run_without_any_figure_is_an_error(tmp_path):
+    path = write_checkpoint(tmp_path / "model.safetensors")
+    with pytest.raises(BenchmarkFailed, match="nothing_of_the_kind"):
+        measure_restart(str(path), "cpu", [MISSING], runs=1)
 
 
 def test_wrong_options_are_told():
