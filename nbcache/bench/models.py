@@ -95,7 +95,7 @@ def measure_models(
             on_report(report)
     for _ in range(min(runs, 2) if stock else 0):
         disk.read_plainly(files)
-        share = min(report.stock_cached or 1.0, disk.cached_share(files))
+        share = min(disk.cached_share(files), 1.0 if report.stock_cached is None else report.stock_cached)
         seconds = run_fresh(partial(time_stock, folder))
         on_step(f"stock: {format_duration(seconds)} beyond imports")
         report = msgspec.structs.replace(report, stock_s=(*report.stock_s, seconds), stock_cached=share)

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
+import nbcache
+from nbcache.bench import restart
 from nbcache.bench.clients import answer_of
 from nbcache.bench.restart import measure_restart
 from nbcache.bench.restart_report import RestartReport, render_restart
 from nbcache.errors import BenchmarkFailed, CheckpointNotFound
+from nbcache.jupyter.experience import Experience
 from nbcache.units import format_duration
 from tests.support.checkpoints import write_checkpoint
 
@@ -64,6 +69,27 @@ def test_wrong_options_are_told():
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 2
     assert "manager, rest" in run.stderr
+
+
+def test_kernels_find_nbcache_where_the_benchmark_has_found_it(tmp_path, monkeypatch):
+    root = str(Path(nbcache.__file__).parents[1])
+    monkeypatch.setenv("PYTHONPATH", f"/carried:{root}")
+    monkeypatch.setattr(restart, "installed_folders", list)
+    assert restart._environment(tmp_path)["PYTHONPATH"] == f"{root}:/carried"  # which may hold another nbcache
+    monkeypatch.setattr(restart, "installed_folders", lambda: [root])
+    assert restart._environment(tmp_path)["PYTHONPATH"] == f"/carried:{root}"
+
+
+def test_what_cannot_be_imported_ahead_is_not_waited_for(monkeypatch):
+    known = Experience(learned={"slow": 1.0, "fragile.part": 1.0})
+    zygote = SimpleNamespace(ready=True, preloaded={"slow": 1.0})
+    monkeypatch.setattr(restart, "recall", lambda: known)
+    monkeypatch.setattr(restart, "examine", lambda: SimpleNamespace(zygotes=(zygote,)))
+    assert not restart._has_learned()
+    known.broken = {"fragile": "it starts threads"}
+    assert restart._has_learned()
+    known.candidates = ["new"]
+    assert not restart._has_learned()
 
 
 @pytest.mark.parametrize(
