@@ -66,7 +66,7 @@ def gpu(
         raise typer.BadParameter("name a checkpoint, or give --flux")
     results: Results[GpuReport] = Results(save)
     with results.shown(render_gpu, as_json), temporary_flux() if flux else contextlib.nullcontext(checkpoint) as path:
-        results.keep(measure_gpu(path, runs, cold, peers, loras, on_step=steps_from_now()))
+        measure_gpu(path, runs, cold, peers, loras, on_step=steps_from_now(), on_report=results.keep)
 
 
 @app.command("models")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from nbcache.bench.columns import columns, count, ms, rate
 from nbcache.bench.disk import COLD_SHARE
+from nbcache.bench.footprint import Footprint
 from nbcache.bench.gpu import GpuReport, Load
 from nbcache.bench.peers import Peer
 from nbcache.units import format_duration, format_size
@@ -32,8 +33,9 @@ def _lines(report: GpuReport) -> Iterator[str]:
     if report.loras:
         yield "LoRAs: again in a process that loaded the same before"
     yield ""
-    yield _comparison(report)
-    yield from _footprint(report)
+    if report.footprint is not None:
+        yield _comparison(report)
+        yield from _footprint(report.footprint)
     if report.peers:
         yield ""
         yield from _peer_table(report.peers)
@@ -92,8 +94,7 @@ def _comparison(report: GpuReport) -> str:
     return f"content: WRONG in {', '.join(compared.differing)}"
 
 
-def _footprint(report: GpuReport) -> Iterator[str]:
-    cost = report.footprint
+def _footprint(cost: Footprint) -> Iterator[str]:
     yield f"daemon: starts in {format_duration(cost.start_s)}"
     yield (
         f"        {format_size(cost.rss_beside_bytes)} resident beside the host tier of {format_size(cost.host_tier_bytes)} "

@@ -292,9 +292,15 @@ def finite(report: GpuReport) -> bool:
 @pytest.mark.timeout(300)
 def test_gpu_report_is_complete(tiny_flux, emulated):
     steps: list[str] = []
+    reports: list[GpuReport] = []
     report = measure_gpu(
-        str(tiny_flux), runs=1, loras=True, probe_bytes=1 << 20, lora_bytes=(10_000_000,), idle_s=0.01, on_step=steps.append
-    )
+        str(tiny_flux), 1, loras=True, probe_bytes=1 << 20, lora_bytes=(10_000_000,), idle_s=0.01, on_step=steps.append,
+        on_report=reports.append,
+    )  # fmt: skip
+    assert [len(each.loads) for each in reports] == [1, 1, 2, 5, 6, 6, 6, 6, 6]
+    assert [each.complete for each in reports] == [False] * 8 + [True]
+    assert reports[-1] == report
+    assert all("first load, cold" in render_gpu(each) for each in reports)
     assert [(load.share, load.floor) for load in report.loads] == [
         ("cow", "disk"),
         ("cow", "link"),
