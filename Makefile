@@ -1,7 +1,8 @@
-# Two commands for a fresh Linux machine with CPython 3.11 or newer:
+# Commands for a fresh Linux machine with CPython 3.11 or newer:
 #
 #   make demo    installs what the demo needs into .venv and runs it
 #   make test    installs what the tests need into .venv; lint, types, the whole suite
+#   make gpu     on a GPU host: the tests that need a GPU, in .venv; with PYTHON=python3 in that one, which must have all
 #
 # make demo PYTHON=/path/to/python takes another Python. If that one has torch already, .venv uses that torch and installs
 # none; otherwise the version in constraints.txt is installed. `make clean` forgets the choice.
@@ -17,7 +18,7 @@ SOURCES := pyproject.toml $(wildcard kernelspec/*)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types notebooks venv clean
+.PHONY: help demo test gpu lint types notebooks venv clean
 
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
@@ -28,6 +29,25 @@ demo: $(VENV)/demo.stamp
 
 test: lint types
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# A PYTHON that is named is taken as it is: a GPU host may have no network to install anything from.
+ifeq ($(origin PYTHON),file)
+GPU_PYTHON := $(BIN)/python
+gpu: $(VENV)/gpu.stamp
+else
+GPU_PYTHON := $(PYTHON)
+endif
+GPU_TESTS := tests/gpu tests/unit/test_driver.py
+GPU_PYTEST := NBCACHE_REQUIRE_GPU=1 NBCACHE_TEST_PATIENCE_S=250 $(GPU_PYTHON) -m pytest $(GPU_TESTS) \
+    -v -o tmp_path_retention_policy=failed --durations=10
+HAS_GPU := -c 'import sys, torch; torch.cuda.is_available() or sys.exit("no GPU: torch " + torch.__version__ + " sees none")'
+
+# The first may share a GPU, and mostly wait for processes that start; the others want it whole. Both run, whatever fails.
+gpu:
+	@$(GPU_PYTHON) $(HAS_GPU)
+	$(GPU_PYTEST) -m 'gpu and not alone' -n 4 --dist load --maxschedchunk 1; shared=$$?; \
+	$(GPU_PYTEST) -m 'gpu and alone'; alone=$$?; \
+	exit $$((shared | alone))
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/python -m ruff check .
@@ -45,6 +65,12 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp $(SOURCES)
 	@echo 'installing the tools of the tests'
 	@$(PIP) --editable '.[dev]' 'hatchling>=1.26'  # a test builds the wheel
 	@$(BIN)/python -m ruff --version > /dev/null 2>&1 || $(PIP) --ignore-installed --no-deps ruff  # a binary elsewhere
+	@touch $@
+
+$(VENV)/gpu.stamp: $(VENV)/dev.stamp
+	@$(BIN)/python $(HAS_GPU)
+	@echo 'installing the CUDA bindings for the CUDA of torch'
+	@$(PIP) --editable ".[dev,cuda$$($(BIN)/python -c 'import torch; print(torch.version.cuda.partition(".")[0])')]"
 	@touch $@
 
 $(VENV)/demo.stamp: $(CHOICE) $(SOURCES)

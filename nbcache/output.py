@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable
 from typing import Annotated
 
 import msgspec
@@ -37,3 +39,9 @@ def print_page(text: str) -> None:
 def print_step(text: str) -> None:
     """Print what goes on, on stderr."""
     print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def steps_from_now() -> Callable[[str], None]:
+    """As :func:`print_step`, with the seconds since this was called: a run that is cut off tells what took long."""
+    start = time.monotonic()
+    return lambda text: print_step(f"{time.monotonic() - start:7.1f} s  {text}")

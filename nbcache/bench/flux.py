@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -18,8 +17,7 @@ from pathlib import Path
 import msgspec
 
 from nbcache.bench.isolation import run_fresh
-from nbcache.errors import BenchmarkFailed
-from nbcache.units import format_size
+from nbcache.bench.room import check_disk
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -143,8 +141,7 @@ def temporary_flux(divide_by: int = 1) -> Iterator[str]:
     """A temporary folder with the shards of :func:`write_flux`. BenchmarkFailed if there is no room for them."""
     nbytes = nbytes_of_shapes(flux_shapes(divide_by))
     with tempfile.TemporaryDirectory(prefix="nbcache-flux-") as folder:
-        if shutil.disk_usage(folder).free < nbytes * 1.02:
-            raise BenchmarkFailed(f"{folder} has no room for {format_size(nbytes)}; set TMPDIR to a folder that has")
+        check_disk(Path(folder), nbytes)
         run_fresh(partial(write_flux, folder, divide_by))  # a context on the GPU that is gone afterwards
         yield folder
 

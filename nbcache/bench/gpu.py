@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -21,6 +22,7 @@ from nbcache.bench.footprint import Footprint, free_gpu_bytes, measure_footprint
 from nbcache.bench.isolation import own_daemon, run_fresh
 from nbcache.bench.kernel import Card, Compared, Timed
 from nbcache.bench.peers import Peer, measure_peers
+from nbcache.bench.room import PADDING
 from nbcache.checkpoints.catalog import SUFFIX, resolve
 from nbcache.client import api
 from nbcache.client.options import Share
@@ -64,19 +66,21 @@ class GpuReport(msgspec.Struct, frozen=True):
     card: Card
     checkpoint: str
     files: int
-    loads: tuple[Load, ...]
-    loras: tuple[Load, ...]
-    disk_per_s: tuple[float, ...]
+    loads: tuple[Load, ...] = ()
+    loras: tuple[Load, ...] = ()
+    disk_per_s: tuple[float, ...] = ()
     """Plain reading of the dropped files, before each cold load. Empty if none was wished."""
-    disk_cached: float | None
+    disk_cached: float | None = None
     """Which part of the files was in the page cache all the same when it was read plainly, at most."""
-    footprint: Footprint
-    compared: Compared | None
+    footprint: Footprint | None = None
+    compared: Compared | None = None
     """None if safetensors is not installed."""
-    peers: tuple[Peer, ...]
-    best_peer: str
-    best_peer_ratio: float | None
+    peers: tuple[Peer, ...] = ()
+    best_peer: str = ""
+    best_peer_ratio: float | None = None
     """Our first load, page cache hot, over the best peer's."""
+    complete: bool = False
+    """Whether the run came to its end; a report of one that was cut off does not say so."""
 
 
 @dataclass
@@ -221,51 +225,66 @@ def measure_gpu(
     lora_bytes: tuple[int, ...] = LORA_BYTES,
     idle_s: float = 5.0,
     on_step: Callable[[str], None] = lambda _: None,
+    on_report: Callable[[GpuReport], None] = lambda _: None,
 ) -> GpuReport:
     """Measure loads of ``checkpoint`` (a file, an index or a folder) on the first GPU, with a daemon of its own.
 
     ``runs`` fresh processes for each kind of load; ``cold`` drops the files from the page cache and reads each twice from the
     disk; ``peers`` runs other loaders on them; ``loras`` writes LoRA-sized files and loads those as well. ``on_step`` is told
-    each result as it comes. Raises as :func:`nbcache.load`, and BenchmarkFailed.
+    each result as it comes, ``on_report`` given the report so far. Raises as :func:`nbcache.load`, and BenchmarkFailed.
     """
-    with own_daemon() as directory:
+    nbytes = disk.size_of(member.path for member in resolve(checkpoint).members)
+    with own_daemon(int(PADDING * nbytes) + (max(lora_bytes) if loras else 0)) as directory:
         card = run_fresh(partial(kernel.measure_card, probe_bytes))
         free_before = free_gpu_bytes(card.uuid)
         start_s = time_start()
         bench = _Bench(checkpoint, card, runs, on_step)
-        loads = [bench.first_loads_cold()] if cold else []
-        loads += [bench.first_loads_hot(), *bench.attaches(), bench.fills()]
-        compared = bench.compare()
-        footprint = measure_footprint(card.uuid, start_s, free_before, idle_s)
-        lora_loads = _measure_loras(directory, lora_bytes, card, runs, on_step) if loras else []
-    found = measure_peers(bench.files, runs, card.link_per_s, on_step=on_step) if peers else ()
-    hot = next(load for load in loads if load.floor == LINK)
-    best = min((peer for peer in found if peer.sound), key=lambda peer: peer.median_s or 0.0, default=None)
-    return GpuReport(
-        card=card,
-        checkpoint=checkpoint,
-        files=len(bench.files),
-        loads=tuple(loads),
-        loras=tuple(lora_loads),
-        disk_per_s=tuple(bench.disk_per_s),
-        disk_cached=bench.disk_cached,
-        footprint=footprint,
-        compared=compared,
-        peers=found,
-        best_peer=best.name if best else "",
-        best_peer_ratio=hot.median_s / best.median_s if best and best.median_s else None,
-    )
+        found = _Found(GpuReport(card, checkpoint, len(bench.files)), on_report)
+        if cold:
+            found.add_loads(bench.first_loads_cold())
+            found.note(disk_per_s=tuple(bench.disk_per_s), disk_cached=bench.disk_cached)
+        found.add_loads(bench.first_loads_hot())
+        found.add_loads(*bench.attaches())
+        found.add_loads(bench.fills())
+        found.note(compared=bench.compare())
+        found.note(footprint=measure_footprint(card.uuid, start_s, free_before, idle_s))
+        for nbytes in lora_bytes if loras else ():
+            found.note(loras=(*found.report.loras, *_measure_lora(directory, nbytes, card, runs, on_step)))
+    if peers:
+        found.add_peers(measure_peers(bench.files, runs, card.link_per_s, on_step=on_step))
+    found.note(complete=True)
+    return found.report
 
 
-def _measure_loras(
-    directory: Path, sizes: tuple[int, ...], card: Card, runs: int, on_step: Callable[[str], None]
-) -> list[Load]:
-    found = []
-    for nbytes in sizes:
-        path = directory / f"lora-{nbytes}{SUFFIX}"
-        run_fresh(partial(write_lora_sized, str(path), nbytes))
-        bench = _Bench(str(path), card, runs, on_step, f"LoRA {format_size(nbytes)}: ")
-        found += bench.swaps()
-        bench.evict()
-        path.unlink()
+class _Found:
+    """The report as it grows."""
+
+    def __init__(self, report: GpuReport, on_report: Callable[[GpuReport], None]) -> None:
+        self.report = report
+        self._on_report = on_report
+
+    def note(self, **found: Any) -> None:  # noqa: ANN401 - fields of the report
+        """Some fields are known."""
+        self.report = msgspec.structs.replace(self.report, **found)
+        self._on_report(self.report)
+
+    def add_loads(self, *loads: Load) -> None:
+        """More of the checkpoint's loads."""
+        self.note(loads=(*self.report.loads, *loads))
+
+    def add_peers(self, peers: tuple[Peer, ...]) -> None:
+        """What other loaders took, and the best of them."""
+        hot = next(load for load in self.report.loads if load.floor == LINK)
+        best = min((peer for peer in peers if peer.sound), key=lambda peer: peer.median_s or 0.0, default=None)
+        ratio = hot.median_s / best.median_s if best and best.median_s else None
+        self.note(peers=peers, best_peer=best.name if best else "", best_peer_ratio=ratio)
+
+
+def _measure_lora(directory: Path, nbytes: int, card: Card, runs: int, on_step: Callable[[str], None]) -> list[Load]:
+    path = directory / f"lora-{nbytes}{SUFFIX}"
+    run_fresh(partial(write_lora_sized, str(path), nbytes))
+    bench = _Bench(str(path), card, runs, on_step, f"LoRA {format_size(nbytes)}: ")
+    found = bench.swaps()
+    bench.evict()
+    path.unlink()
     return found

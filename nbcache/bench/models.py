@@ -1,7 +1,7 @@
 """A pipeline loaded whole, as after a restart: the part that is not importing, beside the library's own load.
 
-Every load is the first of a fresh process that has torch and a context. Needs diffusers, transformers and accelerate, and a GPU
-(or the tests' emulated driver).
+Every load is the first of a fresh process that has torch and a context; the clock stops when the device is synchronised. Needs
+diffusers, transformers and accelerate, and a GPU (or the tests' emulated driver).
 """
 
 from __future__ import annotations
@@ -9,21 +9,26 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 
 import msgspec
 
-from nbcache.bench import kernel
+from nbcache.bench import disk, kernel
 from nbcache.bench.isolation import own_daemon, run_fresh
+from nbcache.bench.room import CONTEXT_BYTES, PADDING, check_gpu, note_host
 from nbcache.errors import BenchmarkFailed
+from nbcache.memory.driver import open_driver
 from nbcache.units import format_duration, format_size
 
 
 class ModelLoad(msgspec.Struct, frozen=True):
     """One load of a pipeline. Seconds."""
 
+    whole_s: float
+    """From the call until the device is synchronised, imports and all."""
     imports_s: float
     map_s: float
     build_s: float
@@ -37,36 +42,67 @@ class ModelLoad(msgspec.Struct, frozen=True):
     @property
     def beyond_imports_s(self) -> float:
         """What a kernel waits that has imported the libraries."""
-        return self.map_s + self.build_s
+        return self.whole_s - self.imports_s
 
 
 class ModelReport(msgspec.Struct, frozen=True):
-    """What ``nbcache bench models`` measured: the loads after the first, and the library's own, page cache hot."""
+    """What ``nbcache bench models`` measured: the first load, those after it, and the library's own, page cache hot."""
 
     folder: str
+    gpu: str
     torch: str
     first: ModelLoad
-    cached: tuple[ModelLoad, ...]
-    stock_s: tuple[float, ...]
+    cached: tuple[ModelLoad, ...] = ()
+    stock_s: tuple[float, ...] = ()
     """Stock ``from_pretrained(...).to(device)``, beyond imports."""
+    stock_cached: float | None = None
+    """Which part of the files was in the page cache when that began, at least."""
+    complete: bool = False
+    """Whether the run came to its end; a report of one that was cut off does not say so."""
+
+
+def check_room(nbytes: int) -> None:
+    """BenchmarkFailed if the GPU has no room for a pipeline of so many bytes; DriverError if there is no GPU."""
+    check_gpu(int(nbytes * PADDING) + CONTEXT_BYTES)
 
 
 def measure_models(
-    folder: str, runs: int = 5, stock: bool = True, on_step: Callable[[str], None] = lambda _: None
+    folder: str,
+    runs: int = 5,
+    stock: bool = True,
+    on_step: Callable[[str], None] = lambda _: None,
+    on_report: Callable[[ModelReport], None] = lambda _: None,
 ) -> ModelReport:
-    """Load the pipeline in ``folder`` in fresh processes onto the first GPU, with a daemon of its own. BenchmarkFailed."""
-    with own_daemon():
+    """Load the pipeline in ``folder`` in fresh processes onto the first GPU, with a daemon of its own.
+
+    BenchmarkFailed, and what :func:`nbcache.load_model` raises. ``on_report`` is given the report so far after each load.
+    """
+    files = [str(path) for path in Path(folder).rglob("*") if path.is_file()]
+    nbytes = disk.size_of(files)
+    check_room(nbytes)
+    note_host(int(nbytes * (1 + PADDING)), on_step)
+    with own_daemon(int(nbytes * PADDING)):
         first = run_fresh(partial(time_model, folder))
         on_step(f"first: {_parts(first)}")
-        cached = []
+        report = ModelReport(folder, open_driver().gpus()[0].name, version("torch"), first)
+        on_report(report)
         for _ in range(runs):
             load = run_fresh(partial(time_model, folder))
             if not load.hit:
                 raise BenchmarkFailed(f"{folder}: was not cached any more; is the GPU or the host tier short of memory?")
-            cached.append(load)
             on_step(f"cached: {_parts(load)}")
-    times = [run_fresh(partial(time_stock, folder)) for _ in range(min(runs, 2) if stock else 0)]
-    return ModelReport(folder, version("torch"), first, tuple(cached), tuple(times))
+            report = msgspec.structs.replace(report, cached=(*report.cached, load))
+            on_report(report)
+    for _ in range(min(runs, 2) if stock else 0):
+        disk.read_plainly(files)
+        share = min(disk.cached_share(files), 1.0 if report.stock_cached is None else report.stock_cached)
+        seconds = run_fresh(partial(time_stock, folder))
+        on_step(f"stock: {format_duration(seconds)} beyond imports")
+        report = msgspec.structs.replace(report, stock_s=(*report.stock_s, seconds), stock_cached=share)
+        on_report(report)
+    report = msgspec.structs.replace(report, complete=True)
+    on_report(report)
+    return report
 
 
 def time_model(folder: str) -> ModelLoad:
@@ -80,12 +116,15 @@ def time_model(folder: str) -> ModelLoad:
 
     api.prepare()
     warnings.simplefilter("error", NoSharedGpuMemory)
+    start = time.perf_counter()
     made = assemble_name(folder, device=kernel.DEVICE)
     kernel.synchronize()
+    whole_s = time.perf_counter() - start
     slabs = made.tally.nbytes if kernel.physical_device() != "cpu" else 0
     allocated = torch.cuda.memory_allocated() if slabs else 0
     spent, tally = made.spent, made.tally
     return ModelLoad(
+        whole_s,
         spent.imports_s,
         spent.map_s,
         spent.build_s,
@@ -110,8 +149,9 @@ def time_stock(folder: str) -> float:
     pipelines.import_the_rest()
     import torch
 
+    pipeline_class = getattr(diffusers, index.class_name)  # which imports it
     start = time.perf_counter()
-    pipe = getattr(diffusers, index.class_name).from_pretrained(folder, torch_dtype=torch.bfloat16)
+    pipe = pipeline_class.from_pretrained(folder, torch_dtype=torch.bfloat16)
     pipe.to(kernel.physical_device())
     kernel.synchronize()
     return time.perf_counter() - start
@@ -125,18 +165,22 @@ def _parts(load: ModelLoad) -> str:
 
 
 def render_models(report: ModelReport) -> str:
-    """The report as lines of text."""
-    first, last = report.first, report.cached[-1]
-    median = statistics.median(load.beyond_imports_s for load in report.cached)
-    lines = [
-        f"{report.folder}: {last.tensors} tensors, {format_size(last.nbytes)}; torch {report.torch}",
-        f"first load:       {_parts(first)}",
-        f"after a restart:  {format_duration(median)} beyond imports, median of {len(report.cached)}",
-        *(f"                  {_parts(load)}" for load in report.cached),
-        f"memory of its own: {format_size(last.private_bytes)} of weights copied",
-    ]
-    if report.stock_s:
-        lines.append(
-            f"stock from_pretrained and .to: {', '.join(map(format_duration, report.stock_s))} beyond imports, files cached"
-        )
-    return "\n".join(lines)
+    """The report as lines of text, of a run that was cut off too."""
+    return "\n".join(_lines(report))
+
+
+def _lines(report: ModelReport) -> Iterator[str]:
+    last = (report.first, *report.cached)[-1]
+    yield f"{report.folder}: {last.tensors} tensors, {format_size(last.nbytes)}; {report.gpu}, torch {report.torch}"
+    yield f"first load:       {_parts(report.first)}"
+    if report.cached:
+        median = statistics.median(load.beyond_imports_s for load in report.cached)
+        yield f"after a restart:  {format_duration(median)} beyond imports, median of {len(report.cached)}"
+        yield from (f"                  {_parts(load)}" for load in report.cached)
+    yield (
+        f"memory of its own: {format_size(last.private_bytes)} of weights copied, "
+        f"{format_size(max(0, last.allocated_bytes))} on the GPU beside the slabs"
+    )
+    if report.stock_s and report.stock_cached is not None:
+        times = ", ".join(map(format_duration, report.stock_s))
+        yield f"stock from_pretrained and .to: {times} beyond imports, {report.stock_cached:.0%} of the files in the page cache"

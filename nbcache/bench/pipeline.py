@@ -9,10 +9,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import shutil
 import string
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import msgspec
 
 from nbcache.bench.flux import ELEMENT_BYTES, SHARD_BYTES, Shapes, nbytes_of_shapes, write_random
 from nbcache.bench.isolation import run_fresh
+from nbcache.bench.room import check_disk
 from nbcache.errors import BenchmarkFailed
 from nbcache.units import format_size
 
@@ -94,13 +94,33 @@ def write_pipeline(folder: str, small: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def temporary_pipeline(small: bool = False) -> Iterator[str]:
-    """A temporary folder with the pipeline of :func:`write_pipeline`. BenchmarkFailed if there is no room for it."""
-    with tempfile.TemporaryDirectory(prefix="nbcache-flux-") as folder:
-        if not small and shutil.disk_usage(folder).free < FULL_BYTES * 1.02:
-            raise BenchmarkFailed(f"{folder} has no room for {format_size(FULL_BYTES)}; set TMPDIR to a folder that has")
-        run_fresh(partial(write_pipeline, folder, small))
-        yield folder
+def pipeline_folder(small: bool = False, keep: str = "", on_step: Callable[[str], None] = lambda _: None) -> Iterator[str]:
+    """A folder with the pipeline of :func:`write_pipeline`; a temporary one, or ``keep``, which stays.
+
+    One that ``keep`` holds already is used as it is. BenchmarkFailed if there is no room.
+    """
+    with contextlib.ExitStack() as stack:
+        if keep and Path(keep, "model_index.json").exists():
+            on_step(f"the pipeline in {keep} is used")
+            yield keep
+            return
+        parent = str(_parent_for(Path(keep).absolute())) if keep else None
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nbcache-flux-", dir=parent))
+        written = Path(folder, "pipeline")
+        if not small:
+            check_disk(Path(folder), FULL_BYTES)
+            on_step(f"writing a pipeline of {format_size(FULL_BYTES)} to {keep or folder}")
+        run_fresh(partial(write_pipeline, str(written), small))
+        on_step("the pipeline is written")
+        yield str(written.rename(keep)) if keep else str(written)
+
+
+def _parent_for(folder: Path) -> Path:
+    """The folder's parent, made if need be. BenchmarkFailed if the folder has something in it."""
+    if folder.exists() and any(folder.iterdir()):
+        raise BenchmarkFailed(f"{folder} holds something else; name a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return folder.parent
 
 
 def shapes_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -10,21 +10,22 @@ import asyncio
 import importlib.util
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from nbcache.bench.clients import Client, ManagerClient, RestClient
+from nbcache.bench.disk import size_of
 from nbcache.bench.isolation import own_daemon
+from nbcache.bench.restart_report import RestartReport, Restarts, compare
+from nbcache.bench.room import CONTEXT_BYTES, PADDING, check_gpu, note_host
 from nbcache.checkpoints.catalog import SUFFIX, resolve
 from nbcache.errors import BenchmarkFailed, CheckpointNotFound
 from nbcache.jupyter.experience import by_package, recall
-from nbcache.jupyter.installed import installed_folders
+from nbcache.jupyter.installed import installed_folders, top_level
 from nbcache.jupyter.kernelspec import argv_of_this_interpreter, end_zygotes, examine
 from nbcache.units import format_duration
 
@@ -53,55 +54,6 @@ answer = (len(weights), float(last.reshape(-1)[:1000].double().sum()), str(last.
 WHO = "import os; answer = os.getpid(), os.getppid()"
 
 
-class Series(msgspec.Struct, frozen=True):
-    """Restarts of one kernel. Seconds, a number for each."""
-
-    runs_s: tuple[float, ...]
-
-    @property
-    def median_s(self) -> float:
-        """The median."""
-        return statistics.median(self.runs_s)
-
-    @property
-    def worst_s(self) -> float:
-        """The slowest."""
-        return max(self.runs_s)
-
-
-class Restarts(msgspec.Struct, frozen=True):
-    """Both kernels with the same first cell."""
-
-    imports: str
-    """What the first cell imports beside torch."""
-    stock: Series
-    ours: Series
-    stock_median_s: float
-    stock_worst_s: float
-    ours_median_s: float
-    ours_worst_s: float
-    ratio: float
-    """How many times as long the stock kernel takes, of the medians."""
-    forked: int
-    """How many of our kernels were forked; the others started the ordinary way."""
-
-
-class RestartReport(msgspec.Struct, frozen=True):
-    """What ``nbcache bench restart`` measured in one run on one machine."""
-
-    client: str
-    checkpoint: str
-    device: str
-    tensors: int
-    python: str
-    processors: int
-    restarts: tuple[Restarts, ...]
-    preloaded: dict[str, float]
-    """What the zygote had imported ahead, and how many seconds each took it."""
-    left_out: dict[str, str]
-    """What it could not, and why."""
-
-
 def measure_restart(
     checkpoint: str,
     device: str,
@@ -109,13 +61,26 @@ def measure_restart(
     client: str = "manager",
     runs: int = 10,
     on_step: Callable[[str], None] = lambda _: None,
+    on_report: Callable[[RestartReport], None] = lambda _: None,
 ) -> RestartReport:
     """Restart both kernels ``runs`` times for each first cell. ``imports`` are what cells begin with, ``""`` for torch alone.
 
-    BenchmarkFailed if a kernel does not answer, or the two find different weights.
+    BenchmarkFailed if a kernel does not answer, or the two find different weights; where some first cells could be measured,
+    the report tells of the others. ``on_report`` is given the report so far after each pair of restarts.
     """
-    with own_daemon() as folder, _zygotes(folder):
-        return asyncio.run(_Bench(folder, checkpoint, device, imports, client, runs, on_step).measure())
+    files = [member.path for member in resolve(checkpoint).members if member.path.endswith(SUFFIX)]
+    nbytes = size_of(files)
+    check_room(nbytes, device)
+    note_host(int(nbytes * (1 + PADDING)), on_step)
+    plan = _Plan(checkpoint, tuple(files), device, tuple(imports), client, runs)
+    with own_daemon(int(nbytes * PADDING)) as folder, _zygotes(folder):
+        return asyncio.run(_Bench(folder, plan, on_step, on_report).measure())
+
+
+def check_room(nbytes: int, device: str) -> None:
+    """BenchmarkFailed if a GPU is to be used and has no room for weights of so many bytes, the stock kernel's and ours."""
+    if device != "cpu":
+        check_gpu(int(nbytes * (1 + PADDING)) + 2 * CONTEXT_BYTES)
 
 
 def default_imports() -> list[str]:
@@ -150,117 +115,139 @@ def _zygotes(folder: Path) -> Iterator[None]:
                 os.environ[name] = value
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be measured."""
+
+    checkpoint: str
+    files: tuple[str, ...]
+    device: str
+    imports: tuple[str, ...]
+    client: str
+    runs: int
+
+    def cell(self, spec: str, line: str) -> str:
+        """The first cell of a kernel."""
+        source = STOCK_CELL if spec == STOCK else OUR_CELL
+        checkpoint = os.path.abspath(self.checkpoint)
+        return source.format(imports=line, files=list(self.files), device=self.device, checkpoint=checkpoint)
+
+
 class _Bench:
+    """Kernels of both specs, and the report as it grows."""
+
     def __init__(
-        self,
-        folder: Path,
-        checkpoint: str,
-        device: str,
-        imports: Sequence[str],
-        client: str,
-        runs: int,
-        on_step: Callable[[str], None],
+        self, folder: Path, plan: _Plan, on_step: Callable[[str], None], on_report: Callable[[RestartReport], None]
     ) -> None:
-        self._imports = imports
-        self._client = client
-        self._runs = runs
+        self._plan = plan
         self._on_step = on_step
+        self._on_report = on_report
         self._specs = _write_specs(folder / "jupyter")
-        self._report = {"client": client, "checkpoint": checkpoint, "device": device}
-        members = resolve(checkpoint).members
-        files = [member.path for member in members if member.path.endswith(SUFFIX)]
-        fields = {"files": files, "device": device, "checkpoint": os.path.abspath(checkpoint)}
-        self._cells = {
-            line: {STOCK: STOCK_CELL.format(imports=line, **fields), OURS: OUR_CELL.format(imports=line, **fields)}
-            for line in imports
-        }
         self._environment = _environment(folder)
         self._tensors = 0
+        self._restarts: dict[str, Restarts] = {}
+        self._failed: dict[str, str] = {}
 
     async def measure(self) -> RestartReport:
+        """All first cells, one after the other."""
         await self._teach()
-        restarts = tuple([await self._measure(line) for line in self._imports])
+        for line in self._plan.imports:
+            if line not in self._failed:
+                with self._noting(line):
+                    await self._measure(line)
+        if not self._restarts:
+            raise BenchmarkFailed("; ".join(f"with {_named(line)}: {why}" for line, why in self._failed.items()))
+        report = self._report(complete=True)
+        self._on_report(report)
+        return report
+
+    @contextmanager
+    def _noting(self, line: str) -> Iterator[None]:
+        """What fails of one first cell is noted, and the others are measured all the same."""
+        try:
+            yield
+        except (BenchmarkFailed, OSError) as error:  # a TimeoutError is an OSError
+            self._failed[line] = str(error) or type(error).__name__
+            self._on_step(f"with {_named(line)}: {self._failed[line]}")
+
+    def _report(self, complete: bool = False) -> RestartReport:
         state = examine()
         return RestartReport(
-            client=self._client,
-            checkpoint=self._report["checkpoint"],
-            device=self._report["device"],
+            client=self._plan.client,
+            checkpoint=self._plan.checkpoint,
+            device=self._plan.device,
             tensors=self._tensors,
             python=sys.version.split()[0],
             processors=len(os.sched_getaffinity(0)),
-            restarts=restarts,
+            restarts=tuple(self._restarts.values()),
             preloaded=state.zygotes[0].preloaded if state.zygotes else {},
             left_out=state.broken,
+            failed=self._failed,
+            complete=complete,
         )
 
-    def _open(self) -> Client:
-        return CLIENTS[self._client](self._specs, self._environment)
+    async def _open(self, spec: str, stack: AsyncExitStack) -> Client:
+        kernel = CLIENTS[self._plan.client](self._specs, self._environment)
+        stack.push_async_callback(kernel.close)
+        await kernel.start(spec)
+        return kernel
 
     async def _teach(self) -> None:
         """Run every cell once in a kernel of ours, as a user would have the day before, and wait for a zygote that knows."""
         self._on_step("a first kernel of ours, which loads the weights, and from which the zygote learns")
-        kernel = self._open()
-        try:
-            await kernel.start(OURS)
-            for line in self._imports:
-                await kernel.run(self._cells[line][OURS])
+        async with AsyncExitStack() as stack:
+            kernel = await self._open(OURS, stack)
+            for line in self._plan.imports:
+                with self._noting(line):
+                    await kernel.run(self._plan.cell(OURS, line))
+                    self._on_step(f"it ran the cell with {_named(line)}")
             deadline = time.monotonic() + LEARNING_TIMEOUT_S
-            while not self._has_learned():
+            while not _has_learned():
                 if time.monotonic() > deadline:
                     raise BenchmarkFailed(f"no zygote was ready in {LEARNING_TIMEOUT_S:g} s: {examine().failures}")
                 await asyncio.sleep(0.2)
-        finally:
-            await kernel.close()
+        self._on_step("the zygote is ready")
 
-    def _has_learned(self) -> bool:
-        known, zygotes = recall(), examine().zygotes
-        learned = set(by_package(known.learned))
-        return not known.candidates and any(each.ready and learned <= set(each.preloaded) for each in zygotes)
-
-    async def _measure(self, line: str) -> Restarts:
+    async def _measure(self, line: str) -> None:
         """Both kernels live, and restart in turns."""
-        kernels: dict[str, Client] = {}
         times: dict[str, list[float]] = {STOCK: [], OURS: []}
         forked = 0
-        try:
-            for spec in times:
-                kernels[spec] = self._open()
-                await kernels[spec].start(spec)
-            answers = [await kernels[spec].run(self._cells[line][spec]) for spec in times]
-            for number in range(self._runs):
-                self._on_step(f"restarts with {line or 'torch alone'}: {number + 1} of {self._runs}")
+        async with AsyncExitStack() as stack:
+            kernels = {spec: await self._open(spec, stack) for spec in times}
+            answers = [await kernel.run(self._plan.cell(spec, line)) for spec, kernel in kernels.items()]
+            for number in range(self._plan.runs):
                 for spec, kernel in kernels.items():
                     start = time.perf_counter()
                     await kernel.restart()
-                    answers.append(await kernel.run(self._cells[line][spec]))
+                    answers.append(await kernel.run(self._plan.cell(spec, line)))
                     times[spec].append(time.perf_counter() - start)
-                forked += await self._is_forked(kernels[OURS])
-        finally:
-            for kernel in kernels.values():
-                await kernel.close()
-        if len(set(answers)) != 1:
-            raise BenchmarkFailed(f"the kernels found different weights: {sorted(set(answers))}")
-        self._tensors = answers[0][0]
-        return _compare(line, times, forked)
+                if len(set(answers)) != 1:
+                    self._restarts.pop(line, None)
+                    raise BenchmarkFailed(f"the kernels found different weights: {sorted(set(answers))}")
+                self._tensors = answers[0][0]
+                is_forked = await _is_forked(kernels[OURS])
+                forked += is_forked
+                self._restarts[line] = compare(line, times[STOCK], times[OURS], forked)
+                seconds = ", ".join(f"{spec} {format_duration(each[-1])}" for spec, each in times.items())
+                how = "" if is_forked else ", NOT FORKED"
+                self._on_step(f"restart {number + 1} of {self._plan.runs} with {_named(line)}: {seconds}{how}")
+                self._on_report(self._report())
 
-    async def _is_forked(self, kernel: Client) -> bool:
-        _, parent = await kernel.run(WHO)
-        return any(parent == zygote.pid for zygote in examine().zygotes)
+
+def _named(line: str) -> str:
+    return line or "torch alone"
 
 
-def _compare(line: str, times: dict[str, list[float]], forked: int) -> Restarts:
-    stock, ours = Series(tuple(times[STOCK])), Series(tuple(times[OURS]))
-    return Restarts(
-        imports=line,
-        stock=stock,
-        ours=ours,
-        stock_median_s=stock.median_s,
-        stock_worst_s=stock.worst_s,
-        ours_median_s=ours.median_s,
-        ours_worst_s=ours.worst_s,
-        ratio=stock.median_s / ours.median_s,
-        forked=forked,
-    )
+def _has_learned() -> bool:
+    """Whether a zygote has imported what kernels did, as far as it can."""
+    known, zygotes = recall(), examine().zygotes
+    learned = {*by_package(known.learned)} - top_level(known.broken)
+    return not known.candidates and any(each.ready and learned <= set(each.preloaded) for each in zygotes)
+
+
+async def _is_forked(kernel: Client) -> bool:
+    _, parent = await kernel.run(WHO)
+    return any(parent == zygote.pid for zygote in examine().zygotes)
 
 
 def _write_specs(folder: Path) -> Path:
@@ -276,29 +263,7 @@ def _write_specs(folder: Path) -> Path:
 def _environment(folder: Path) -> dict[str, str]:
     """This process's, with a history apart, in which kernels find nbcache where this process has found it."""
     root = str(Path(__file__).resolve().parents[2])
-    given = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
-    path = [*given, *([root] if root not in {*given, *installed_folders()} else [])]
+    path = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
+    if root not in installed_folders():
+        path = [root, *(place for place in path if place != root)]  # first: an installed one may come with the others
     return {**os.environ, "IPYTHONDIR": str(folder / "ipython"), "PYTHONPATH": os.pathsep.join(path)}
-
-
-def render_restart(report: RestartReport) -> str:
-    """The report as a person reads it."""
-    lines = [
-        f"{report.checkpoint}: {report.tensors} tensors to {report.device}; Python {report.python}, "
-        f"{report.processors} processors, client: {report.client}",
-        "from the request to restart to the answer of the first cell that uses the weights",
-        f"{'the cell also needs':44}{'stock':>10}{'worst':>10}{'nbcache':>10}{'worst':>10}{'':6}",
-    ]
-    for each in report.restarts:
-        times = (each.stock_median_s, each.stock_worst_s, each.ours_median_s, each.ours_worst_s)
-        columns = "".join(f"{format_duration(seconds):>10}" for seconds in times)
-        lines.append(f"{each.imports or 'nothing':44}{columns}{each.ratio:>5.1f}x")
-    count, forked = len(report.restarts[0].ours.runs_s), sum(each.forked for each in report.restarts)
-    total = count * len(report.restarts)
-    lines.append(f"medians of {count} restarts each, in turns, page cache hot; {forked} of {total} forked")
-    if report.preloaded:
-        slow = [(name, seconds) for name, seconds in report.preloaded.items() if seconds > 0.1]
-        ahead = ", ".join(f"{name} ({format_duration(seconds)})" for name, seconds in slow)
-        lines.append(f"imported ahead: {ahead}")
-    lines += [f"left out: {name}: {why}" for name, why in report.left_out.items()]
-    return "\n".join(lines)

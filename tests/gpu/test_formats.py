@@ -1,6 +1,6 @@
 """What only a GPU can show of the other formats: views over copy-on-write storages, CuPy arrays of them, quantized bytes.
 
-Run on a GPU host: ``NBCACHE_REQUIRE_GPU=1 python -m pytest -m gpu``.
+Run on a GPU host: ``make gpu``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What only a GPU can show: torch's tensors over slabs, copy-on-write, faults, memory shared by real kernels.
 
-Run on a GPU host: ``NBCACHE_REQUIRE_GPU=1 python -m pytest -m gpu``.
+Run on a GPU host: ``make gpu``.
 """
 
 from __future__ import annotations
@@ -180,6 +180,7 @@ def test_private_weights_hold_no_lease(kernel, path):
     assert kernel.run("w.private_bytes == w.nbytes")
 
 
+@pytest.mark.alone
 def test_two_kernels_hold_the_weights_once(kernel, tmp_path):
     file = write(tmp_path / "m.safetensors", [(8192, 8192)] * 8)  # 1.07 GB
     used = "torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0]"
@@ -361,6 +362,7 @@ def test_a_gpu_named_by_uuid_is_the_same_slab(kernel, path):
     assert len(leases()) == 1
 
 
+@pytest.mark.alone
 def test_a_slab_that_cannot_fit_says_who_holds_what(kernel, tmp_path):
     file = write(tmp_path / "m.safetensors", [(8192, 8192)] * 8)
     kernel.run("free = torch.cuda.mem_get_info()[0]; hog = torch.empty(free - (600 << 20), dtype=torch.uint8, device='cuda')")
@@ -369,6 +371,7 @@ def test_a_slab_that_cannot_fit_says_who_holds_what(kernel, tmp_path):
     assert leases() == []
 
 
+@pytest.mark.alone
 def test_an_idle_slab_gives_way_to_a_load_that_does_not_fit(kernel, tmp_path):
     files = [write(tmp_path / f"{n}.safetensors", [(8192, 8192)] * 8, seed=n) for n in range(2)]
     kernel.run(f"w = {load(files[0])}; del w; gc.collect()")
@@ -387,6 +390,7 @@ def test_the_daemon_has_no_context(kernel, path):
     assert "libtorch" not in Path(f"/proc/{nbcache.status().pid}/maps").read_text()
 
 
+@pytest.mark.alone
 def test_a_full_gpu_in_a_cell_gets_a_hint(environment, path):
     with Kernel() as kernel:
         kernel.run("import torch\n%load_ext nbcache")

@@ -1,6 +1,6 @@
 """Unchanged programs on a real GPU: transformers' and diffusers' own ``device_map``, safetensors' own ``device``.
 
-Run on a GPU host that has transformers and diffusers: ``NBCACHE_REQUIRE_GPU=1 python -m pytest -m gpu``.
+Run on a GPU host: ``make gpu``.
 """
 
 from __future__ import annotations

@@ -130,10 +130,11 @@ def write_wan_transformer(folder: Path) -> None:
 
 
 def run_wan(model: Any) -> torch.Tensor:
-    dtype = model.patch_embedding.weight.dtype
-    hidden = torch.randn(1, 4, 1, 4, 4, generator=seeded()).to(dtype)
-    text = torch.randn(1, 3, 16, generator=seeded()).to(dtype)
-    return model(hidden_states=hidden, timestep=torch.tensor([5]), encoder_hidden_states=text, return_dict=False)[0]
+    place = model.patch_embedding.weight
+    hidden = torch.randn(1, 4, 1, 4, 4, generator=seeded()).to(place)
+    text = torch.randn(1, 3, 16, generator=seeded()).to(place)
+    timestep = torch.tensor([5], device=place.device)
+    return model(hidden_states=hidden, timestep=timestep, encoder_hidden_states=text, return_dict=False)[0]
 
 
 def transformers_model(name: str, config_name: str, **settings: Any) -> Callable[[Path], None]:
@@ -148,20 +149,20 @@ def transformers_model(name: str, config_name: str, **settings: Any) -> Callable
     return write
 
 
-def tokens(count: int = 6) -> torch.Tensor:
-    return torch.arange(2, 2 + count)[None]
+def tokens(model: Any, count: int = 6) -> torch.Tensor:
+    return torch.arange(2, 2 + count, device=model.device)[None]
 
 
 def run_encoder(model: Any) -> torch.Tensor:
-    return model(input_ids=tokens()).last_hidden_state
+    return model(input_ids=tokens(model)).last_hidden_state
 
 
 def run_logits(model: Any) -> torch.Tensor:
-    return model(input_ids=tokens()).logits
+    return model(input_ids=tokens(model)).logits
 
 
 def run_seq2seq(model: Any) -> torch.Tensor:
-    return model(input_ids=tokens(), decoder_input_ids=tokens(3)).logits
+    return model(input_ids=tokens(model), decoder_input_ids=tokens(model, 3)).logits
 
 
 _BERT = {

@@ -13,10 +13,8 @@ from pathlib import Path
 import psutil
 
 from nbcache.jupyter.kernelspec import DISPLAY_NAME, NAME, ZygoteState, argv_of_this_interpreter, end_zygotes, examine
-from tests.support.kernels import Kernel
+from tests.support.kernels import PATIENCE_S, Kernel
 from tests.support.waiting import eventually
-
-STARTING_S = 60.0
 
 
 def write_specs(folder: Path) -> Path:
@@ -86,7 +84,7 @@ def zygote() -> ZygoteState:
         assert not state.failures, state.failures
         return next((each for each in state.zygotes if each.ready), None)
 
-    return eventually(ready, STARTING_S)
+    return eventually(ready, PATIENCE_S)
 
 
 def kernel_pid(kernel: Kernel) -> int:

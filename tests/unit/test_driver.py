@@ -18,7 +18,7 @@ from tests.support.gpu import cuda_bench, emulated_bench
 SIZE = 2 * GRANULARITY_BYTES
 
 
-@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.alone])])
 def bench(request):
     return cuda_bench() if request.param == "cuda" else emulated_bench()
 
