@@ -47,7 +47,7 @@ def model_summary(made: Assembled, name: str) -> str:
     how = ", ".join(f"{part} {format_duration(seconds)}" for part, seconds in parts.items())
     private = f", {format_size(tally.private_bytes)} private" if tally.private_bytes else ""
     size = f"{tally.tensors} tensors, {format_size(tally.nbytes)} on {made.device}"
-    source = "cached" if tally.hit else "read from disk"
+    source = "cached" if tally.hit else "converted" if tally.converted else "read from disk"
     total = format_duration(sum(parts.values()))
     return f"{short_name(name)}: {made.what}, {size} in {total} ({how}; {source}{private})"
 
