@@ -76,7 +76,9 @@ def describe(tensor: torch.Tensor) -> list[str]:
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """A checksum of a tensor's bytes."""
+    """A checksum of a tensor's bytes, if it has any where it is."""
+    if tensor.is_meta:
+        return "meta"
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(ctypes.string_at(flat.data_ptr(), flat.nbytes) if flat.nbytes else b"").hexdigest()[:16]
 
