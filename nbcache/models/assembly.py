@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from nbcache.checkpoints.catalog import locate
 from nbcache.checkpoints.folders import FolderKind, PipelineIndex, kind_of, read_pipeline, weights_path
 from nbcache.client import tensors as edge
 from nbcache.errors import InvalidOption
@@ -75,6 +76,8 @@ def _assemble_model(folder: str, kind: FolderKind, request: Request, supply: Sup
     with quiet(library):
         if kind is FolderKind.TRANSFORMERS:
             return transformers.assemble(folder, cls, supply, variant=request.variant, lenient=chosen is not None, **options)
+        if not options and locate(weights_path(folder, request.variant)).endswith(single_file.GGUF_SUFFIX):
+            return single_file.assemble(folder, folder, cls, supply, {})  # type: ignore[no-any-return]
         if options:
             raise InvalidOption(f"{', '.join(options)}: a diffusers model is made from its config alone")
         return diffusers.assemble(folder, cls, supply, variant=request.variant)

@@ -2,7 +2,8 @@
 
 The libraries' ``from_single_file`` renames, cuts and joins tensors each time. Here it runs once, on the CPU, in the file's own
 dtype; each model that it gives is kept as an entry derived from the file, and is assembled from there like a component of a
-folder from then on. A file that changed, or another version of the libraries, is converted anew.
+folder from then on. A file that changed, or another version of the libraries, is converted anew. The blocks of a GGUF file are
+not converted at all: a model of diffusers computes with them as they are in the cache.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from nbcache.checkpoints.catalog import Checkpoint, describe, resolve
 from nbcache.checkpoints.folders import CONFIG, FolderKind, PipelineIndex, kind_of, read_json, read_pipeline
 from nbcache.client import tensors as edge
 from nbcache.errors import CheckpointError, InvalidOption, ModelMismatch, UnsupportedFormat
-from nbcache.manifest import BLOCKS, Member
+from nbcache.manifest import Member
 from nbcache.models import diffusers, pipelines, transformers
 from nbcache.models.derived import Derived, Made, name_of
+from nbcache.models.gguf import gguf_parameters
 from nbcache.models.packages import building, class_of, quiet, require
 from nbcache.models.supply import Supply, widest, widest_dtype
 
@@ -28,10 +30,12 @@ WHAT = "loading a single-file checkpoint"
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 """Components that no single file has; a pipeline does without, as ``from_single_file`` lets it."""
 
+GGUF_SUFFIX = ".gguf"
+
 CONVERTER_VERSION = 1
 """Of what this module keeps; part of what a converted entry is known by."""
 
-REMEDY = " Give what the file lacks: nbcache.load_model(..., vae=nbcache.load_model(ITS_FOLDER)), and so on"
+REMEDY = " Give what the file lacks: nbcache.load_model(..., NAME=nbcache.load_model(ITS_FOLDER))"
 
 Convert = Callable[[], torch.nn.Module]
 
@@ -71,30 +75,29 @@ class Original:
             raise UnsupportedFormat(f"{path}: {len(self._checkpoint.members)} files; what is converted is a single one")
 
     @property
+    def is_gguf(self) -> bool:
+        """Whether it may hold quantized blocks."""
+        return self.file.path.endswith(GGUF_SUFFIX)
+
+    @property
     def file(self) -> Member:
         """The file itself, where the path may be that of its folder."""
         return self._checkpoint.members[0]
 
     def dtype(self) -> torch.dtype | None:
-        """The widest floating-point dtype in it, by its header. UnsupportedFormat if it is quantized, or of no known format."""
+        """The widest floating-point dtype in it, by its header. Raises as :func:`~nbcache.checkpoints.catalog.describe`."""
         description = describe(self._checkpoint)
         description.close()
-        dtypes = edge.dtypes_of(description.manifest)
-        if not BLOCKS.keys().isdisjoint(dtypes):
-            raise UnsupportedFormat(
-                f"{self.path}: quantized, which is not converted; a model of diffusers takes it as it is: "
-                "Model.from_single_file(nbcache.models.gguf.gguf_parameters(nbcache.load(PATH)), quantization_config=...)"
-            )
-        return widest(dtypes.values())
+        return widest(edge.dtypes_of(description.manifest).values())
 
     def entry(self, part: str, cls: type[Any], folder: str, beside: tuple[Member, ...], convert: Convert) -> Derived:
         """The entry of one model out of it, built as the config in ``folder`` says; ``beside`` are files read with it."""
         libraries = [f"{name} {require(name, WHAT).__version__}" for name in ("diffusers", "transformers")]
         made_by = [CONVERTER_VERSION, *libraries, cls.__name__, read_json(os.path.join(folder, CONFIG))]
         members = (self.file, *beside)
-        return Derived(name_of(part, members, made_by), self.path, members, lambda: Made(_tensors_of(self._converted(convert))))
+        return Derived(name_of(part, members, made_by), self.path, members, lambda: Made(_tensors_of(self.converted(convert))))
 
-    def _converted(self, convert: Convert) -> torch.nn.Module:
+    def converted(self, convert: Convert) -> torch.nn.Module:
         """Have the libraries convert it. ModelMismatch, with what they say, if it is not what the config describes."""
         from diffusers.loaders.single_file_utils import SingleFileComponentError
 
@@ -121,12 +124,26 @@ def _tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def _assemble_model(original: Original, config: str, cls: type[Any], supply: Supply) -> torch.nn.Module:
     if not hasattr(cls, "from_single_file"):
         raise UnsupportedFormat(f"{original.path}: {cls.__name__} cannot be made from a single file")
+    if original.is_gguf:
+        return _assemble_gguf(original, config, cls, supply, "")
 
     def convert() -> torch.nn.Module:
         model: torch.nn.Module = cls.from_single_file(original.file.path, config=config, torch_dtype=original.dtype())
         return model
 
     return _build(cls, config, original.entry(cls.__name__, cls, config, (), convert), supply, "")
+
+
+def _assemble_gguf(original: Original, config: str, cls: type[Any], supply: Supply, name: str) -> torch.nn.Module:
+    """A model over the tensors of a GGUF file, quantized ones as blocks; computing in the dtype asked for, else the others'."""
+    library = require("diffusers", WHAT)
+    require("gguf", WHAT)
+    weights = supply.weights(original.path)
+    plain = {key: tensor for key, tensor in weights.items() if key not in weights.quant_types}
+    dtype = supply.dtype_of(name) or widest_dtype(plain) or torch.float32
+    how = {"config": config, "torch_dtype": dtype, "device": supply.device}
+    settings = library.GGUFQuantizationConfig(compute_dtype=dtype)
+    return original.converted(lambda: cls.from_single_file(gguf_parameters(weights), quantization_config=settings, **how))
 
 
 def _assemble_pipeline(
@@ -138,18 +155,22 @@ def _assemble_pipeline(
         classes = pipelines.model_components(index)
     absent = {name: None for name in OPTIONAL if name in classes and name not in options}
     given = absent | dict(options)
+    if original.is_gguf:
+        name = "transformer" if "transformer" in classes else "unet"
+        model = _assemble_gguf(original, index.home(name), classes[name], supply, name)
+        return pipelines.assemble(index, supply, given={**options, name: model})
 
     @functools.cache
     def stock() -> Any:  # noqa: ANN401
         wanted = {"config": index.folder, "torch_dtype": original.dtype(), "local_files_only": True}
         return pipeline_class.from_single_file(original.file.path, **wanted, **given)
 
-    def model(name: str) -> torch.nn.Module:
+    def component(name: str) -> torch.nn.Module:
         home = index.home(name)
         entry = original.entry(name, classes[name], home, _weights_beside(classes[name], home), lambda: getattr(stock(), name))
         return _build(classes[name], home, entry, supply, name)
 
-    models = {name: model(name) for name in classes if name not in given}
+    models = {name: component(name) for name in classes if name not in given}
     with quiet(library, require("transformers", WHAT)):
         return pipeline_class.from_pretrained(index.folder, **models, **given)
 
