@@ -197,3 +197,12 @@ def test_a_pipeline_is_staged_from_a_shell_and_then_hit(runtime_dir, folder):
     assert sorted(Path(entry["name"]).name for entry in staged) == ["text_encoder", "text_encoder_2", "transformer", "vae"]
     assert not any(entry["hit"] for entry in staged)
     assert assemble_name(folder, device="cpu").tally.hit
+    gc.collect()
+    nbcache.evict(folder / "vae")
+    *parts, last = subprocess.run(command[:-1], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [part.rpartition(", ")[2].partition(" in ")[0] for part in (*parts, last)] == ["was cached"] * 3 + ["read"]
+    nbcache.evict(folder)
+    *parts, last = subprocess.run(command[:-1], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [part.rpartition(", ")[2] for part in parts] == ["read"] * 4
+    assert last.startswith("4 checkpoints, ")
+    assert ", read in " in last
