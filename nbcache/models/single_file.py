@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,10 +41,19 @@ REMEDY = " Give what the file lacks: nbcache.load_model(..., NAME=nbcache.load_m
 Convert = Callable[[], torch.nn.Module]
 
 
-def assemble(path: str, config: str, chosen: Any, supply: Supply, options: Mapping[str, Any]) -> Any:  # noqa: ANN401
-    """The model or pipeline in a file. ``config`` is the folder of a pipeline or model that says how it is built.
+@dataclass(frozen=True)
+class Parts:
+    """What of a pipeline is wanted, all of it if ``components`` is empty, and what of it the caller gives."""
 
-    ``chosen`` is a class, or its name, in place of the one that the config names; ``options`` are components of a pipeline.
+    components: tuple[str, ...] = ()
+    given: Mapping[str, Any] = field(default_factory=dict)
+
+
+def assemble(path: str, config: str, chosen: Any, supply: Supply, parts: Parts = Parts()) -> Any:  # noqa: ANN401
+    """The model or pipeline in a file, or parts of it: one, or several by name.
+
+    ``config`` is the folder of a pipeline or model that says how it is built; ``chosen`` a class, or its name, in place of the
+    one that the config names.
     """
     with supply.clock.imports():
         library = require("diffusers", WHAT)
@@ -52,9 +62,11 @@ def assemble(path: str, config: str, chosen: Any, supply: Supply, options: Mappi
         chosen = class_of(library, chosen, path) if isinstance(chosen, str) else chosen
         pipelines.import_the_rest()
     if kind is FolderKind.PIPELINE and (chosen is None or issubclass(chosen, library.DiffusionPipeline)):
-        return _assemble_pipeline(Original(path), read_pipeline(config), chosen, supply, options)
-    if options:
-        raise InvalidOption(f"{', '.join(options)}: a single model is made from its config alone")
+        return _assemble_pipeline(Original(path), read_pipeline(config), chosen, parts, supply)
+    if parts.given:
+        raise InvalidOption(f"{', '.join(parts.given)}: a single model is made from its config alone")
+    if parts.components:
+        raise InvalidOption(f"{config}: {kind.value}, not a pipeline: it has no components to choose from")
     if kind not in (FolderKind.DIFFUSERS, FolderKind.PIPELINE) or (kind is FolderKind.PIPELINE and chosen is None):
         raise UnsupportedFormat(
             f"{config}: {kind.value}; the config of a single file is the folder of a diffusers pipeline or model"
@@ -147,32 +159,71 @@ def _assemble_gguf(original: Original, config: str, cls: type[Any], supply: Supp
 
 
 def _assemble_pipeline(
-    original: Original, index: PipelineIndex, chosen: type[Any] | None, supply: Supply, options: Mapping[str, Any]
+    original: Original, index: PipelineIndex, chosen: type[Any] | None, wanted: Parts, supply: Supply
 ) -> Any:  # noqa: ANN401
     library = require("diffusers", WHAT)
+    pipelines.check_names(index, wanted.components)
     with supply.clock.imports():
         pipeline_class = chosen or class_of(library, index.class_name, index.folder)
         classes = pipelines.model_components(index)
-    absent = {name: None for name in OPTIONAL if name in classes and name not in options}
-    given = absent | dict(options)
     if original.is_gguf:
-        name = "transformer" if "transformer" in classes else "unet"
-        model = _assemble_gguf(original, index.home(name), classes[name], supply, name)
-        return pipelines.assemble(index, supply, given={**options, name: model})
-
-    @functools.cache
-    def stock() -> Any:  # noqa: ANN401
-        wanted = {"config": index.folder, "torch_dtype": original.dtype(), "local_files_only": True}
-        return pipeline_class.from_single_file(original.file.path, **wanted, **given)
-
-    def component(name: str) -> torch.nn.Module:
-        home = index.home(name)
-        entry = original.entry(name, classes[name], home, _weights_beside(classes[name], home), lambda: getattr(stock(), name))
-        return _build(classes[name], home, entry, supply, name)
-
-    models = {name: component(name) for name in classes if name not in given}
+        return _assemble_around_gguf(original, index, classes, wanted, supply)
+    absent = {name: None for name in OPTIONAL if name in classes and name not in wanted.given}
+    given = absent | dict(wanted.given)
+    conversion = Conversion(original, index, classes, pipeline_class, given, alone=bool(wanted.components))
+    if wanted.components:
+        parts = {name: conversion.part(name, supply) for name in wanted.components}
+        return parts if len(parts) > 1 else parts[wanted.components[0]]
+    models = {name: conversion.part(name, supply) for name in classes if name not in given}
     with quiet(library, require("transformers", WHAT)):
         return pipeline_class.from_pretrained(index.folder, **models, **given)
+
+
+def _assemble_around_gguf(
+    original: Original, index: PipelineIndex, classes: Mapping[str, type[Any]], wanted: Parts, supply: Supply
+) -> Any:  # noqa: ANN401
+    """The pipeline of a folder, with the model that computes on a GGUF file's blocks in the place of its own."""
+    name = "transformer" if "transformer" in classes else "unet"
+    if wanted.components not in ((), (name,)):
+        raise InvalidOption(f"{original.path}: a GGUF file holds one model; of a pipeline it is component {name}")
+    model = _assemble_gguf(original, index.home(name), classes[name], supply, name)
+    return model if wanted.components else pipelines.assemble(index, supply, given={**wanted.given, name: model})
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The models of a pipeline out of one file. ``given`` is what is not to be made; ``alone``: not all of them are wanted."""
+
+    original: Original
+    index: PipelineIndex
+    classes: Mapping[str, type[Any]]
+    pipeline_class: type[Any]
+    given: Mapping[str, Any]
+    alone: bool
+
+    def part(self, name: str, supply: Supply) -> Any:  # noqa: ANN401
+        """A component: a model from its entry, converted if need be; a tokenizer or a scheduler from the config's folder."""
+        if name not in self.classes:
+            return pipelines.load_other(self.index, name)
+        cls, home = self.classes[name], self.index.home(name)
+        entry = self.original.entry(name, cls, home, _weights_beside(cls, home), lambda: self._convert(name))
+        return _build(cls, home, entry, supply, name)
+
+    def _convert(self, name: str) -> torch.nn.Module:
+        """What the library makes of one component: with all the others, where most are wanted or only the pipeline can."""
+        cls = self.classes[name]
+        if self.alone and hasattr(cls, "from_single_file"):
+            model: torch.nn.Module = cls.from_single_file(self.original.file.path, subfolder=name, **self._how)
+            return model
+        return getattr(self._pipeline, name)  # type: ignore[no-any-return]
+
+    @functools.cached_property
+    def _pipeline(self) -> Any:  # noqa: ANN401
+        return self.pipeline_class.from_single_file(self.original.file.path, **self._how, **self.given)
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        return {"config": self.index.folder, "torch_dtype": self.original.dtype(), "local_files_only": True}
 
 
 def _weights_beside(cls: type[Any], home: str) -> tuple[Member, ...]:

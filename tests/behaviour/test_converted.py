@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import nbcache
-from nbcache.errors import CheckpointChanged, ModelMismatch
+from nbcache.errors import CheckpointChanged, InvalidOption, ModelMismatch
 from nbcache.models.api import assemble_name
 from tests.support.checkpoints import write_checkpoint
 from tests.support.kernels import Interpreter
@@ -166,6 +166,24 @@ def test_of_a_pipeline_only_what_is_gone_is_kept_anew(runtime_dir, written, file
     nbcache.evict(next(name for name, _ in entries() if "vae" in name))
     assert sorted(load_both()) == [False, True]
     assert load_both() == [True, True]
+
+
+def test_components_alone(runtime_dir, written, file):
+    """What is converted alone needs nothing else of the pipeline in the file, and is the entry that the pipeline has."""
+    config = written / "sd"
+    vae = assemble_name(file, "cpu", config=config, components="vae")
+    assert (vae.what, vae.tally.hits) == ("AutoencoderKL", [False])
+    two = assemble_name(file, "cpu", config=config, components="vae,scheduler")
+    assert (two.what, list(two.value), two.tally.hits) == ("vae, scheduler", ["vae", "scheduler"], [True])
+    assert sorted(assemble_name(file, "cpu", config=config, unet=None).tally.hits) == [False, True]
+    text = assemble_name(file, "cpu", config=config, components="text_encoder")
+    assert (text.what, text.tally.hits) == ("CLIPTextModel", [True])
+    with pytest.raises(InvalidOption, match=r"component 'vea': .*; did you mean vae"):
+        nbcache.load_model(file, device="cpu", config=config, components="vea")
+    with pytest.raises(InvalidOption, match="a diffusers model, not a pipeline: it has no components"):
+        nbcache.load_model(file, device="cpu", config=config / "vae", components="decoder")
+    with pytest.raises(InvalidOption, match="raw gives the file as it is"):
+        nbcache.load_model(file, device="cpu", config=config, raw=True)
 
 
 TOGETHER = """

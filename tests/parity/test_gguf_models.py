@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import nbcache
-from nbcache.errors import ModelMismatch
+from nbcache.errors import InvalidOption, ModelMismatch
 from nbcache.models.api import assemble_name
 from tests.parity.harness import library_noise, load_stock, outside_the_cache, run
 from tests.support.gguf import write_quantized_state
@@ -93,6 +93,16 @@ def test_a_pipeline_around_it_before_and_after_a_restart(runtime_dir, written, m
     for hit in (False, True):
         with Interpreter() as kernel:
             assert kernel.run(code) == ["FluxPipeline", hit, expected]
+
+
+def test_of_the_pipeline_its_own_component_alone(runtime_dir, written):
+    how = {"device": "cpu", "config": written / "flux"}
+    transformer = nbcache.load_model(written / "flux-Q8_0.gguf", components="transformer", **how)
+    assert contents(transformer) == contents(stock_transformer(written, torch.float32))
+    with pytest.raises(InvalidOption, match="a GGUF file holds one model; of a pipeline it is component transformer"):
+        nbcache.load_model(written / "flux-Q8_0.gguf", components="vae", **how)
+    del transformer
+    gc.collect()
 
 
 def test_what_does_not_fit_is_said(runtime_dir, written):
