@@ -14,7 +14,7 @@ from nbcache.errors import InvalidOption, ModelMismatch
 from nbcache.models.api import assemble_name
 from tests.parity.harness import library_noise, load_stock, outside_the_cache, run
 from tests.support.gguf import write_quantized_state
-from tests.support.kernels import REPOSITORY, Interpreter
+from tests.support.kernels import Interpreter
 from tests.support.models import SUBJECTS
 
 pytestmark = pytest.mark.timeout(300)
@@ -76,8 +76,7 @@ def test_a_model_by_its_config(runtime_dir, written, dtype):
     gc.collect()
 
 
-def test_a_pipeline_around_it_before_and_after_a_restart(runtime_dir, written, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+def test_a_pipeline_around_it_before_and_after_a_restart(runtime_dir, written):
     code = (
         "import torch\nfrom nbcache.models.api import assemble_name\nfrom tests.parity.harness import run\n"
         "from tests.support.models import SUBJECTS\n"
