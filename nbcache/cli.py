@@ -99,10 +99,13 @@ def load(
         found = [msgspec.structs.asdict(entry) | {"seconds": round(seconds, 6), "hit": hit} for entry, hit in staged]
         print_result(found[0] if len(found) == 1 else found)
         return
-    rate = format_size(int(sum(entry.bytes for entry, hit in staged if not hit) / seconds))
+    read = [entry.bytes for entry, hit in staged if not hit]
+    taken = f"read in {format_duration(seconds)} ({format_size(int(sum(read) / seconds))}/s)"
     for entry, hit in staged:
-        how = "was cached" if hit else f"read in {format_duration(seconds)} ({rate}/s)"
+        how = "was cached" if hit else "read" if len(read) > 1 else taken
         print_result(f"{short_name(entry.name)}: {entry.tensors} tensors, {format_size(entry.bytes)}, {how}")
+    if len(read) > 1:
+        print_result(f"{len(read)} checkpoints, {format_size(sum(read))}, {taken}")
 
 
 @app.command()

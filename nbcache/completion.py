@@ -9,6 +9,7 @@ import os
 
 from nbcache.checkpoints import aliases
 from nbcache.checkpoints.formats import format_of, stem_of
+from nbcache.checkpoints.known import KNOWN
 from nbcache.client.api import query
 from nbcache.client.session import Session
 from nbcache.errors import CheckpointNotFound, EntryNotFound, NBCacheError
@@ -78,12 +79,13 @@ def suggest(error: NBCacheError) -> str:
     wanted = str(error).partition(":")[0]
     known = [*alias_names(), *entry_names()]
     if isinstance(error, CheckpointNotFound):
-        known += [path.rstrip("/") for path in paths(os.path.join(os.path.dirname(wanted), ""))]
+        known += [*KNOWN, *(path.rstrip("/") for path in paths(os.path.join(os.path.dirname(wanted), "")))]
     by_stem = {stem_of(os.path.basename(name)): name for name in known if os.path.basename(name)}
     near = nearest(wanted, known, 0.75) or by_stem.get(nearest(stem_of(os.path.basename(wanted)), by_stem, 0.7), "")
     return f"; did you mean {near}?" if near and near != wanted else ""
 
 
 def loadable(text: str) -> list[str]:
-    """What can be loaded and begins so: aliases, what is cached, paths."""
-    return list(dict.fromkeys([*aliases_of(text), *cached(text), *paths(text)]))[:MOST]
+    """What can be loaded and begins so: aliases, built-in ones once something is typed, what is cached, paths."""
+    built_in = [name for name in sorted(KNOWN) if text and name.startswith(text)]
+    return list(dict.fromkeys([*aliases_of(text), *built_in, *cached(text), *paths(text)]))[:MOST]

@@ -107,8 +107,9 @@ def fetch(repo_id: str, revision: str = "", subfolder: str = "", variant: str = 
     revision or folder in it.
     """
     if is_offline():
+        which = f", revision {revision}" if revision else ""
         raise HubUnreachable(
-            f"{repo_id}: not (or not wholly) in {cache_folder()}, and HF_HUB_OFFLINE is set; unset it, or give a path"
+            f"{repo_id}{which}: not (or not wholly) in {cache_folder()}, and HF_HUB_OFFLINE is set; unset it, or give a path"
         )
     try:
         import huggingface_hub

@@ -114,6 +114,14 @@ def reacquire(key: str, wish: Wish, on_progress: ProgressCallback | None = None)
     return found
 
 
+def reacquire_by_name(name: str, wish: Wish, on_progress: ProgressCallback | None = None) -> Grant | Offer:
+    """A lease on the entry of exactly this name, which means no file; EntryNotFound if there is none (any more)."""
+    found = _ask(wish.find((name,)), True, on_progress)
+    if found is None:
+        raise EntryNotFound(f"{name}: not cached")
+    return found
+
+
 def spellings(name: str | os.PathLike[str]) -> tuple[str, ...]:
     """What ``name`` may mean to the daemon, in order: itself, unless it is a path or an alias of the user's; the path.
 

@@ -10,7 +10,7 @@ import torch
 
 from nbcache.client import tensors as edge
 from nbcache.client.device import find_device
-from nbcache.client.fill import Grant, Offer, Wish, acquire, reacquire
+from nbcache.client.fill import Grant, Offer, Wish, acquire, reacquire, reacquire_by_name
 from nbcache.client.notices import NoSharedGpuMemory, notify
 from nbcache.client.options import Loaded, Options
 from nbcache.client.session import ProgressCallback
@@ -29,6 +29,11 @@ def load_name(name: str | os.PathLike[str], options: Options, on_progress: Progr
 def load_key(key: str, options: Options) -> Loaded:
     """Load a generation by its key; EntryNotFound if it is gone."""
     return _load(lambda wish: reacquire(key, wish), options, None)
+
+
+def load_entry(name: str, options: Options, on_progress: ProgressCallback | None) -> Loaded:
+    """Load the entry of exactly this name; EntryNotFound if it is not cached. Nothing is looked for on disk."""
+    return _load(lambda wish: reacquire_by_name(name, wish, on_progress), options, on_progress)
 
 
 def _load(get: Acquire, options: Options, on_progress: ProgressCallback | None) -> Loaded:

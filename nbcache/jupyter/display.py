@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from nbcache.models.lora import LoadedLora
 
 BAR_CELLS = 24
+_IN_HUB_CACHE = re.compile(r"^/.*/models--(?P<repository>[^/]+)/snapshots/[^/]+/?(?P<inside>.*)$")
 
 
 def summary(weights: Weights, seconds: float, how: str = "", sharers: int = 0) -> str:
@@ -47,7 +49,7 @@ def model_summary(made: Assembled, name: str) -> str:
     how = ", ".join(f"{part} {format_duration(seconds)}" for part, seconds in parts.items())
     private = f", {format_size(tally.private_bytes)} private" if tally.private_bytes else ""
     size = f"{tally.tensors} tensors, {format_size(tally.nbytes)} on {made.device}"
-    source = "cached" if tally.hit else "read from disk"
+    source = "cached" if tally.hit else "converted" if tally.converted else "read from disk"
     total = format_duration(sum(parts.values()))
     return f"{short_name(name)}: {made.what}, {size} in {total} ({how}; {source}{private})"
 
@@ -61,7 +63,12 @@ def lora_summary(loaded: LoadedLora) -> str:
 
 
 def short_name(name: str) -> str:
-    """The last two parts of a path, which say more than the last one (``model.safetensors``); a plain name as it is."""
+    """The last two parts of a path, which say more than the last one (``model.safetensors``); a plain name as it is.
+
+    In the hub's cache, where folders are named by commits, the repository is a part: ``FLUX.1-dev/vae``.
+    """
+    if found := _IN_HUB_CACHE.search(name):
+        return "/".join([*found["repository"].split("--"), *Path(found["inside"]).parts][-2:])
     return str(Path(*Path(name).parts[-2:])) if name.startswith("/") and len(Path(name).parts) > 3 else name
 
 

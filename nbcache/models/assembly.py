@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from nbcache.checkpoints.catalog import locate
 from nbcache.checkpoints.folders import FolderKind, PipelineIndex, kind_of, read_pipeline, weights_path
 from nbcache.client import tensors as edge
 from nbcache.errors import InvalidOption
@@ -51,8 +52,11 @@ def assemble(folder: str, request: Request, supply: Supply) -> Assembled:
 
 def _assemble(folder: str, request: Request, supply: Supply) -> tuple[Any, str]:
     if request.config:
-        made = single_file.assemble(folder, request.config, request.model_class, supply, request.options or {})
-        return made, type(made).__name__
+        if request.raw:
+            raise InvalidOption(f"{folder}: raw gives the file as it is, which no config describes; leave one of them out")
+        parts = single_file.Parts(tuple(request.components), request.options or {})
+        made = single_file.assemble(folder, request.config, request.model_class, supply, parts)
+        return made, ", ".join(made) if isinstance(made, dict) else type(made).__name__
     kind = kind_of(folder)
     if kind is FolderKind.PIPELINE:
         return _assemble_pipeline(read_pipeline(folder), request, supply)
@@ -75,6 +79,8 @@ def _assemble_model(folder: str, kind: FolderKind, request: Request, supply: Sup
     with quiet(library):
         if kind is FolderKind.TRANSFORMERS:
             return transformers.assemble(folder, cls, supply, variant=request.variant, lenient=chosen is not None, **options)
+        if not options and locate(weights_path(folder, request.variant)).endswith(single_file.GGUF_SUFFIX):
+            return single_file.assemble(folder, folder, cls, supply)  # type: ignore[no-any-return]
         if options:
             raise InvalidOption(f"{', '.join(options)}: a diffusers model is made from its config alone")
         return diffusers.assemble(folder, cls, supply, variant=request.variant)

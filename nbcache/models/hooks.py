@@ -17,6 +17,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from nbcache.models.aside import is_aside
 from nbcache.models.points import POINTS, Kind, Point, watched
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class Switch:
 
     def _serving(self) -> Service | None:
         """What serves a call now; None if it is the stock function's."""
-        if not self._bound:
+        if not self._bound or is_aside():
             return None
         service = self._service
         if service is None:

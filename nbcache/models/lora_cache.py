@@ -1,14 +1,12 @@
 """Converted LoRAs: found in the cache, or converted and kept there; the last used of them hot on the GPU.
 
-Owns what a converted entry is called (by the file's fingerprint and the converter's identity, so a changed file or library is
-another entry) and which of them this process keeps mapped. Must not know pipelines, only families. It exists so that a swap
-asks the daemon for nothing when the LoRA is hot, and reads no file when it is not.
+Owns what a LoRA is converted from, and which converted ones this process keeps mapped. Must not know pipelines, only families.
+It exists so that a swap asks the daemon for nothing when the LoRA is hot, and reads no file when it is not.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -18,29 +16,19 @@ from pathlib import Path
 import msgspec
 import torch
 
-from nbcache.checkpoints.catalog import Checkpoint, is_unchanged, resolve
+from nbcache.checkpoints.catalog import Checkpoint, resolve
 from nbcache.client import tensors as edge
 from nbcache.client.api import free_gpu
-from nbcache.client.fill import put_bytes
-from nbcache.client.loading import load_name
 from nbcache.client.options import Loaded, Options
 from nbcache.client.weights import Weights
 from nbcache.config import lora_gpu_limit_bytes
-from nbcache.errors import (
-    CheckpointChanged,
-    CheckpointInvalid,
-    CheckpointNotFound,
-    LoraMismatch,
-    NBCacheError,
-    UnsupportedFormat,
-)
+from nbcache.errors import CheckpointInvalid, LoraMismatch, NBCacheError, UnsupportedFormat
 from nbcache.manifest import Fingerprint, Member
+from nbcache.models.derived import Derived, Made, name_of
 from nbcache.models.lora_convert import METADATA_KEY, A, Family, Recipe, convert
 
 CONFIG = "adapter_config.json"
 """Beside a LoRA that peft saved: its alpha and the like."""
-
-LONGEST_STEM = 120
 
 
 @dataclass(frozen=True)
@@ -69,15 +57,10 @@ def find_lora(name: str | os.PathLike[str], family: Family, device: torch.device
 
     CheckpointError and its kinds, UnsupportedFormat; HostMemoryFull, DeviceMemoryFull, DaemonError.
     """
-    path = os.fspath(name)
-    checkpoint = resolve(path)
-    (file,) = _only(checkpoint)
-    config = _config_beside(file)
-    entry = _entry_name(checkpoint, config, family)
+    derived = _derived(os.fspath(name), family)
     if _on_gpu_tier(device):
-        return _hot.find(path, entry, checkpoint, config, family, device)
-    loaded, converted = _load_or_convert(path, entry, checkpoint, config, family, Options(str(device)))
-    return _lora(path, entry, loaded.tensors, loaded.manifest.metadata, "converted" if converted else "cached")
+        return _hot.find(derived, device)
+    return _lora(derived, *derived.obtain(Options(str(device))))
 
 
 def _on_gpu_tier(device: torch.device) -> bool:
@@ -98,30 +81,19 @@ def _config_beside(file: Member) -> Member | None:
         return None
 
 
-def _entry_name(checkpoint: Checkpoint, config: Member | None, family: Family) -> str:
-    members = [*checkpoint.members, *([config] if config else [])]
-    known_by = [family.identity, [member.identity() for member in members]]
-    digest = hashlib.blake2b(msgspec.json.encode(known_by), digest_size=8).hexdigest()
-    stem = "".join(c if c.isprintable() else "?" for c in Path(checkpoint.members[0].path).stem)[:LONGEST_STEM].strip()
-    return f"{stem or 'lora'} [lora {digest}]"
+def _derived(path: str, family: Family) -> Derived:
+    """The entry that is made of a LoRA for such a pipeline."""
+    checkpoint = resolve(path)
+    (file,) = _only(checkpoint)
+    config = _config_beside(file)
+    members = (file, *([config] if config else []))
+    return Derived(name_of("lora", members, family.identity), path, members, lambda: _convert(path, file, config, family))
 
 
-def _load_or_convert(
-    path: str, entry: str, checkpoint: Checkpoint, config: Member | None, family: Family, options: Options
-) -> tuple[Loaded, bool]:
-    """The entry; if it is not cached (any more), after converting the file. The second says whether it was converted."""
-    try:
-        return load_name(entry, options, None), False
-    except CheckpointNotFound:
-        _convert(path, entry, checkpoint, config, family)
-        return load_name(entry, options, None), True
-
-
-def _convert(path: str, entry: str, checkpoint: Checkpoint, config: Member | None, family: Family) -> None:
-    """Convert the file and keep what comes of it, as an entry that can be made again."""
+def _convert(path: str, file: Member, config: Member | None, family: Family) -> Made:
+    """What comes of the file."""
     from safetensors import SafetensorError, safe_open
 
-    (file,) = checkpoint.members
     try:
         text = Path(config.path).read_text() if config else ""
         with safe_open(file.path, framework="pt") as opened:
@@ -132,16 +104,15 @@ def _convert(path: str, entry: str, checkpoint: Checkpoint, config: Member | Non
         raise CheckpointInvalid(f"{file.path}: {error}") from error
     except (UnsupportedFormat, LoraMismatch) as error:
         raise type(error)(f"{path}: {error}") from error
-    manifest = edge.plan_put(converted, {METADATA_KEY: msgspec.json.encode(recipe).decode()})
-    put_bytes(entry, manifest, lambda area: edge.write_tensors(converted, manifest, area), derived=True).close()
-    if not is_unchanged(path, checkpoint.members):  # I6: what was read may be neither the old file nor the new
-        raise CheckpointChanged(f"{path}: changed while it was converted; load it again")
+    return Made(converted, {METADATA_KEY: msgspec.json.encode(recipe).decode()})
 
 
-def _lora(path: str, entry: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], how: str) -> Lora:
-    recipe = msgspec.json.decode(metadata[METADATA_KEY], type=Recipe)
+def _lora(derived: Derived, loaded: Loaded, converted: bool) -> Lora:
+    tensors = loaded.tensors
+    recipe = msgspec.json.decode(loaded.manifest.metadata[METADATA_KEY], type=Recipe)
     ranks = {module: tensors[module + A].shape[0] for module in recipe.alphas}
-    return Lora(path, entry, tensors, recipe, ranks, sum(tensor.nbytes for tensor in tensors.values()), how)
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    return Lora(derived.path, derived.name, tensors, recipe, ranks, nbytes, "converted" if converted else "cached")
 
 
 class HotLoras:
@@ -162,19 +133,16 @@ class HotLoras:
         """Bytes of all that are held."""
         return sum(lora.nbytes for _, lora in self._held.values())
 
-    def find(
-        self, path: str, entry: str, checkpoint: Checkpoint, config: Member | None, family: Family, device: torch.device
-    ) -> Lora:
+    def find(self, derived: Derived, device: torch.device) -> Lora:
         """The LoRA, mapped on the device."""
-        key = (entry, str(device))
+        key = (derived.name, str(device))
         if key in self._held:
             self._held.move_to_end(key)
             return self._held[key][1]
         where = "cuda" if device.type == "cpu" else str(device)  # an emulated GPU's tensors are on the CPU
         options = Options(where, None, "readonly")
-        loaded, converted = _load_or_convert(path, entry, checkpoint, config, family, options)
-        how = "converted" if converted else "cached"
-        lora = _lora(path, entry, loaded.tensors, loaded.manifest.metadata, how)
+        loaded, converted = derived.obtain(options)
+        lora = _lora(derived, loaded, converted)
         self._held[key] = Weights(loaded, options), dataclasses.replace(lora, how="hot")
         self.keep_within(lora_gpu_limit_bytes())
         return lora

@@ -16,6 +16,7 @@ EXTRAS = {
     "diffusers": "diffusers",
     "accelerate": "transformers",
     "transformers": "transformers",
+    "gguf": "gguf",
     "huggingface_hub": "hub",
     "sentencepiece": "diffusers",
     "google.protobuf": "diffusers",

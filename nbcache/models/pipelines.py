@@ -16,6 +16,7 @@ from nbcache.errors import CheckpointError, CheckpointIncomplete, InvalidOption
 from nbcache.models import diffusers, transformers
 from nbcache.models.packages import class_of, quiet, require
 from nbcache.models.supply import Supply
+from nbcache.typos import did_you_mean
 
 WHAT = "loading a diffusers pipeline"
 
@@ -113,7 +114,7 @@ def check_names(index: PipelineIndex, names: Iterable[str]) -> None:
     there = [component.name for component in index.components]
     for name in names:
         if name not in there:
-            raise InvalidOption(f"component {name!r}: {index.folder} has {', '.join(there)}")
+            raise InvalidOption(f"component {name!r}: {index.folder} has {', '.join(there)}{did_you_mean(name, there)}")
 
 
 def _is_served(index: PipelineIndex, name: str) -> bool:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -20,6 +20,7 @@ from nbcache.client.options import Options, Share
 from nbcache.client.session import ProgressCallback
 from nbcache.client.weights import Weights
 from nbcache.errors import InvalidOption
+from nbcache.models.derived import Derived
 
 
 @dataclass
@@ -42,6 +43,8 @@ class Tally:
     nbytes: int = 0
     private_bytes: int = 0
     hits: list[bool] = field(default_factory=list)
+    converted: bool = False
+    """Whether something had to be converted."""
 
     @property
     def hit(self) -> bool:
@@ -107,26 +110,33 @@ class Supply:
         """What a component is to be cast to; None leaves the file's own."""
         return self._dtypes.get(component, self._dtypes.get("default"))
 
-    def weights(self, path: str, dtype: torch.dtype | None = None) -> Weights:
-        """The weights of a checkpoint. Raises as :func:`nbcache.load`."""
+    def weights(self, source: str | Derived, dtype: torch.dtype | None = None) -> Weights:
+        """The weights of a checkpoint, by its path, or of a derived entry. Raises as :func:`nbcache.load`."""
         with self.clock.map():
-            found = api.load(path, self.named_device, dtype, self._share, self._on_progress)
+            found = self._load(source, Options(self.named_device, dtype, self._share))
         self.tally.tensors += len(found)
         self.tally.nbytes += found.nbytes
         self.tally.private_bytes += found.private_bytes
         self.tally.hits.append(found.hit)
         return found
 
+    def _load(self, source: str | Derived, options: Options) -> Weights:
+        if isinstance(source, str):
+            return api.load(source, options.device, options.dtype, options.share, self._on_progress)  # type: ignore[arg-type]
+        loaded, made = source.obtain(options, self._on_progress)
+        self.tally.converted |= made
+        return Weights(replace(loaded, hit=loaded.hit and not made), options)
+
     def tensors(
-        self, path: str, dtype: torch.dtype | None = None, keeps: Callable[[str], bool] = lambda _: False
+        self, source: str | Derived, dtype: torch.dtype | None = None, keeps: Callable[[str], bool] = lambda _: False
     ) -> dict[str, torch.Tensor]:
         """Tensors of a checkpoint as a dict of the caller's own, cast as stock loaders do; what ``keeps`` names to float32."""
-        found = self.weights(path, dtype)
+        found = self.weights(source, dtype)
         given = dict(found)
         kept = [name for name, tensor in given.items() if dtype is not None and tensor.is_floating_point() and keeps(name)]
         if kept:  # from the file's own bytes: what was rounded on the way would stay so
             with self.clock.map():
-                raw = api.load(path, "cpu", None, self._share)
+                raw = self._load(source, Options("cpu", None, self._share))
                 given |= {name: raw[name].to(self.device, torch.float32) for name in kept}
             self.tally.private_bytes += sum(given[name].nbytes for name in kept)
         return given
@@ -147,7 +157,12 @@ def one_dtype(dtype: object, torch_dtype: object) -> object:
 
 def widest_dtype(tensors: Mapping[str, torch.Tensor]) -> torch.dtype | None:
     """The widest floating-point dtype among tensors: what holds them all."""
-    found = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    return widest({tensor.dtype for tensor in tensors.values()})
+
+
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype | None:
+    """The widest floating-point one of these; None if there is none."""
+    found = (dtype for dtype in dtypes if dtype.is_floating_point)
     return max(found, key=lambda dtype: (dtype.itemsize, str(dtype)), default=None)
 
 

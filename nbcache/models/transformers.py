@@ -17,6 +17,7 @@ import torch
 
 from nbcache.checkpoints.folders import CONFIG, read_json, weights_path
 from nbcache.errors import ModelMismatch
+from nbcache.models.derived import Derived
 from nbcache.models.packages import building, class_of, mismatch, require
 from nbcache.models.supply import Supply, widest_dtype
 
@@ -47,15 +48,15 @@ def assemble(
     *,
     name: str = "",
     variant: str = "",
-    source: str = "",
+    source: Derived | None = None,
     lenient: bool = False,
     **options: Any,  # noqa: ANN401
 ) -> torch.nn.Module:
     """The model of a folder, on the supply's device, in eval mode.
 
-    ``name`` is the component it is, for dtype and messages; ``source`` a saved entry to take the tensors from; ``lenient`` lets
-    the library initialise what the checkpoint lacks, as it does for a class with another head. ``options`` are those of the
-    class's ``from_pretrained``. ModelMismatch; and what :func:`nbcache.load` raises.
+    ``name`` is the component it is, for dtype and messages; ``source`` a derived entry to take the tensors from; ``lenient``
+    lets the library initialise what the checkpoint lacks, as it does for a class with another head. ``options`` are those of
+    the class's ``from_pretrained``. ModelMismatch; and what :func:`nbcache.load` raises.
     """
     library = require("transformers", WHAT)
     with supply.clock.imports():

@@ -156,6 +156,8 @@ def test_a_class_that_the_library_lacks(runtime_dir, bert):
 def test_options_that_do_not_exist(runtime_dir, pipeline, bert):
     with pytest.raises(InvalidOption, match=r"component 'transformer': .* has .*unet"):
         load(pipeline, components="transformer")
+    with pytest.raises(InvalidOption, match=r"component 'vea': .*; did you mean vae\?"):
+        load(pipeline, components="vea")
     with pytest.raises(InvalidOption, match="no components to choose from"):
         load(bert, components="encoder")
     with pytest.raises(InvalidOption, match="give one of them"):

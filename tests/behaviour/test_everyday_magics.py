@@ -41,6 +41,7 @@ def test_completion_through_the_kernel(checkpoint, kernel, tmp_path, use_jedi):
         (tmp_path / other).touch()
     expected = {
         "%load_weights mi": "%load_weights mini",
+        "%load_weights qwen": "%load_weights qwen-image",
         "%load_weights mod": "%load_weights model.safetensors",
         "%load_weights pro": "%load_weights probe-one",
         "%load_weights ol": "%load_weights old.pt",
@@ -86,6 +87,7 @@ def test_did_you_mean(checkpoint, kernel):
     assert_usage_error(kernel.try_run("%load_weights embedings"), "did you mean embeddings?")
     assert_usage_error(kernel.try_run("%load_weights flux-dv"), "did you mean flux-dev?")
     assert_usage_error(kernel.try_run("%load_weights ./modle.safetensors"), "did you mean", "model.safetensors?")
+    assert_usage_error(kernel.try_run("%load_weights qwen-imag"), "did you mean qwen-image?")  # built in
     assert_usage_error(kernel.try_run("%weights evict embeding"), "did you mean embeddings?")
     assert_usage_error(kernel.try_run("%weights relese embeddings"), "did you mean release?")
     assert_usage_error(kernel.try_run("%load_weights flux-dev --devcie cpu"), "did you mean --device?")

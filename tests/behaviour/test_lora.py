@@ -70,6 +70,13 @@ def test_what_was_converted_is_kept_without_the_original_and_known_by_the_file(w
     assert len(entries()) == 2
 
 
+def test_a_path_from_home(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pipe = flux()
+    path = write.diffusers("style", pipe)
+    assert [nbcache.load_lora(pipe, f"~/{Path(path).name}").found for _ in range(2)] == ["converted", "cached"]
+
+
 def test_no_matrix_shares_memory_with_another_though_the_converter_makes_them_so(write):
     pipe = flux()
     path = write.kohya_flux("style", pipe)

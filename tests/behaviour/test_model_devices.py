@@ -52,26 +52,33 @@ ACTIONS = {
     # What enable_sequential_cpu_offload does to each model; with a CPU as the device the libraries fail at T5, stock too.
     "sequential offload": lambda pipe: accelerate.cpu_offload(pipe.transformer, torch.device("cpu")),
     "model offload": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+    "model offload, in float16": lambda pipe: pipe.to(torch.float16).enable_model_cpu_offload(device="cpu"),
 }
+
+
+def moved(pipe, action):
+    """Two images after the action, and the hooks that it left."""
+    with library_noise():
+        ACTIONS[action](pipe)
+        images = [run(FLUX, pipe), run(FLUX, pipe)]
+    models = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    return images, [
+        f"{n}.{m}" for n, part in models.items() for m, module in part.named_modules() if hasattr(module, "_hf_hook")
+    ]
 
 
 @pytest.mark.parametrize("action", ACTIONS)
 def test_moving_is_as_stock_and_leaves_the_cache_as_it_was(load, folder, action):
     stock, loaded = load_stock(folder, FLUX, torch.bfloat16), load()
     before = bytes_in_the_cache(folder)
-    outcomes = []
-    for pipe in (stock, loaded):
-        with library_noise():
-            try:
-                ACTIONS[action](pipe)
-                outcomes.append(run(FLUX, pipe))
-            except (RuntimeError, ValueError) as error:  # a machine without a GPU: then both say so
-                outcomes.append([type(error).__name__, str(error)])
-    assert outcomes[0] == outcomes[1]
-    if "offload" not in action:
-        assert list(differences(portrait(stock), portrait(loaded))) == []
+    images, hooked = moved(stock, action)
+    assert moved(loaded, action) == (images, hooked)
+    assert bool(hooked) is ("offload" in action)
+    assert list(differences(portrait(stock), portrait(loaded))) == []
     assert same(before, bytes_in_the_cache(folder))
-    del pipe, stock, loaded
+    again = load()
+    assert run(FLUX, again) == run(FLUX, load_stock(folder, FLUX, torch.bfloat16))
+    del stock, loaded, again
     gc.collect()
 
 
@@ -151,9 +158,51 @@ def test_over_an_emulated_gpu(runtime_dir, folder, monkeypatch):
     assert ("F16", "resident") in slabs
 
 
+MOVING = """
+from tests.behaviour.test_model_devices import moved
+
+def moving(folder, action):
+    stock = load_stock(Path(folder), subject, torch.bfloat16)
+    made = assemble_name(folder, device="cuda", share="readonly")
+    if moved(stock, action) != moved(made.value, action):
+        return ["the images, or the hooks"]
+    return list(differences(portrait(stock), portrait(made.value)))
+
+def slabs_as_files(folder):
+    parts = [Path(folder, part) for part in ("transformer", "vae", "text_encoder", "text_encoder_2")]
+    files = {file: nbcache.load(part, device="cuda", share="readonly") for part in parts for file in part.glob("*.safetensors")}
+    return all(torch.equal(slab[n], t) for file, slab in files.items() for n, t in load_file(file).items())
+"""
+
+
+def test_moving_writes_to_no_slab(runtime_dir, folder, monkeypatch):
+    """Over the emulated GPU. A write to a slab that is mapped read-only would end the process."""
+    monkeypatch.setenv("PYTHONPATH", ".")
+    monkeypatch.setenv("NBCACHE_TEST_DRIVER", "tests.support.emulated:make")
+    monkeypatch.setenv("NBCACHE_GPU_LOW_WATERMARK", "0")
+    with Interpreter() as kernel:
+        kernel.run(KERNEL + MOVING + "from safetensors.torch import load_file")
+        for action in ACTIONS:
+            assert kernel.run(f"moving({str(folder)!r}, {action!r})") == [], action
+            assert kernel.run(f"slabs_as_files({str(folder)!r})"), action
+        with pytest.raises(AssertionError, match="ended, status -11"):  # so it would be seen
+            kernel.run(f"assemble_name({str(folder)!r}, 'cuda', share='readonly').value.transformer.proj_out.bias.data.zero_()")
+    slabs = [slab.state for entry in nbcache.status().entries for slab in entry.devices]
+    assert slabs == ["resident"] * 4
+
+
 def test_a_pipeline_is_staged_from_a_shell_and_then_hit(runtime_dir, folder):
     command = [sys.executable, "-m", "nbcache", "load", str(folder), "--json"]
     staged = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert sorted(Path(entry["name"]).name for entry in staged) == ["text_encoder", "text_encoder_2", "transformer", "vae"]
     assert not any(entry["hit"] for entry in staged)
     assert assemble_name(folder, device="cpu").tally.hit
+    gc.collect()
+    nbcache.evict(folder / "vae")
+    *parts, last = subprocess.run(command[:-1], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [part.rpartition(", ")[2].partition(" in ")[0] for part in (*parts, last)] == ["was cached"] * 3 + ["read"]
+    nbcache.evict(folder)
+    *parts, last = subprocess.run(command[:-1], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [part.rpartition(", ")[2] for part in parts] == ["read"] * 4
+    assert last.startswith("4 checkpoints, ")
+    assert ", read in " in last

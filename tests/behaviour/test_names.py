@@ -178,6 +178,8 @@ def test_what_is_not_there_offline(cache, pipeline):
         HubUnreachable, match=r"org/none: not \(or not wholly\) in .*HF_HUB_OFFLINE is set; unset it, or give a path"
     ):
         nbcache.load_model("org/none", device="cpu")
+    with pytest.raises(HubUnreachable, match=r"org/dev, revision next: not \(or"):
+        nbcache.load_model("org/dev", device="cpu", revision="next")
     with pytest.raises(HubUnreachable, match=r"FLUX\.1-dev"):
         nbcache.load("flux-dev", device="cpu")
     partial = put_into_cache(cache, "org/partial", pipeline)

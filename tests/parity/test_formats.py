@@ -20,7 +20,7 @@ from nbcache import errors
 from nbcache.checkpoints import catalog
 from nbcache.models.gguf import gguf_parameters
 from tests.support.contents import assert_alike, shared
-from tests.support.gguf import write_gguf
+from tests.support.gguf import write_gguf, write_quantized_state
 from tests.support.kernels import Interpreter, Kernel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -332,18 +332,7 @@ def write_quantized_model(folder: Path) -> Path:
     torch.manual_seed(0)
     model = QwenImageTransformer2DModel(**TINY)
     model.save_config(folder)
-    writer = gguf.GGUFWriter(folder / "model.gguf", "qwen_image")
-    for name, tensor in model.state_dict().items():
-        values = tensor.numpy()
-        if values.ndim == 2 and values.shape[1] % 32 == 0:
-            writer.add_tensor(name, gguf.quants.quantize(values, Kind.Q8_0), raw_dtype=Kind.Q8_0)
-        else:
-            writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return folder / "model.gguf"
+    return write_quantized_state(folder / "model.gguf", model)
 
 
 def test_a_model_of_diffusers_runs_on_them_uncopied_and_as_the_stock_one(runtime_dir, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import nbcache
-from tests.parity.harness import differences, library_noise, load_stock, outside_the_cache, portrait, run
+from tests.parity.harness import COPIED, differences, library_noise, load_stock, outside_the_cache, portrait, run
 from tests.support.kernels import Interpreter
 from tests.support.models import SUBJECTS, Subject, minilm_folder, run_encoder
 
@@ -35,10 +35,6 @@ def folders(tmp_path_factory):
         return path
 
     return folder
-
-
-COPIED = {"bert-tied": ["cls.predictions.bias"]}
-"""What newer transformers copy, though nothing is cast: a tied bias of 64 numbers. All else lies in the cache's memory."""
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -71,17 +67,6 @@ def test_the_real_minilm(runtime_dir):
     assert type(loaded).__name__ == "BertModel"
 
 
-RESTARTED = """
-from nbcache.models.api import assemble_name
-from tests.parity.harness import portrait, run
-from tests.support.models import SUBJECTS
-
-def seen(name, folder):
-    made = assemble_name(folder, device="cpu")
-    return [portrait(made.value), run(SUBJECTS[name], made.value), made.tally.hit]
-"""
-
-
 def test_a_restarted_process_finds_the_same(runtime_dir, folders, monkeypatch):
     """All subjects once more in a process of its own: from the cache, and equal to what this process loaded the stock way."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
@@ -90,7 +75,7 @@ def test_a_restarted_process_finds_the_same(runtime_dir, folders, monkeypatch):
     entries = {entry.key: entry.bytes for entry in nbcache.status().entries}
     assert len(entries) == 20
     with Interpreter() as restarted:
-        restarted.run(RESTARTED)
+        restarted.run("from tests.parity.harness import seen")
         for name, subject in SUBJECTS.items():
             stock = load_stock(folders(name), subject, stored_dtype(folders(name)))
             there, output, hit = restarted.run(f"seen({name!r}, {str(folders(name))!r})")

@@ -4,61 +4,31 @@ from __future__ import annotations
 
 import gc
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 
 import nbcache
-from nbcache.errors import CheckpointNotFound, InvalidOption, UnsupportedFormat
+from nbcache.errors import CheckpointNotFound, InvalidOption, ModelMismatch, UnsupportedFormat
 from nbcache.models.api import assemble_name
 from tests.parity.harness import differences, library_noise, portrait, run
 from tests.support.models import SUBJECTS, Subject, unet
-
-RENAMED = (
-    (r"conv_norm_out", "norm_out"),
-    (r"conv_shortcut", "nin_shortcut"),
-    (r"mid_block\.resnets\.0", "mid.block_1"),
-    (r"mid_block\.resnets\.1", "mid.block_2"),
-    (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
-    (r"mid_block\.attentions\.0\.to_([qkv])", r"mid.attn_1.\1"),
-    (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
-    (r"down_blocks\.(\d)\.resnets\.(\d)", r"down.\1.block.\2"),
-    (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
-    (r"up_blocks\.(\d)\.resnets\.(\d)", r"up.\1.block.\2"),
-    (r"up_blocks\.(\d)\.upsamplers\.0", r"up.\1.upsample"),
-)
-"""From diffusers' names in a VAE to those of the latent diffusion papers' code."""
-
-
-def authors_layout(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
-    for pattern, replacement in RENAMED:
-        name = re.sub(pattern, replacement, name)
-    name = re.sub(r"decoder\.up\.(\d)", lambda match: f"decoder.up.{1 - int(match[1])}", name)  # there they count downwards
-    if ".attn_1." in name and name.endswith("weight") and tensor.dim() == 2:
-        tensor = tensor[:, :, None, None]  # and their projections are convolutions
-    return f"first_stage_model.{name}", tensor.contiguous()
+from tests.support.single_files import write_single_file
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """The folder of a pipeline, and a file that holds its VAE and text encoder."""
     root = tmp_path_factory.mktemp("single")
-    with library_noise():
-        SUBJECTS["sd"].write(root / "sd")
-        from diffusers import StableDiffusionPipeline
-
-        pipe = StableDiffusionPipeline.from_pretrained(root / "sd", torch_dtype=torch.float32)
-    vae = dict(authors_layout(name, tensor) for name, tensor in pipe.vae.state_dict().items())
-    prefix = "" if any(name.startswith("text_model.") for name in pipe.text_encoder.state_dict()) else "text_model."
-    clip = {f"cond_stage_model.transformer.{prefix}{name}": t for name, t in pipe.text_encoder.state_dict().items()}
-    save_file({name: tensor.half() for name, tensor in (vae | clip).items()}, root / "model.safetensors")
+    write_single_file(root)
     return root
 
 
-def saved() -> list[str]:
-    return sorted(entry.name for entry in nbcache.status().entries if entry.provenance == "put")
+def converted() -> list[str]:
+    """What the entries are called, without their hashes. All are converted ones: the original is not cached."""
+    entries = nbcache.status().entries
+    assert {entry.provenance for entry in entries} == {"derived"}
+    return sorted(re.sub(r" [0-9a-f]{16}\]$", "]", entry.name) for entry in entries)
 
 
 def test_a_model_out_of_a_file(runtime_dir, written):
@@ -71,7 +41,7 @@ def test_a_model_out_of_a_file(runtime_dir, written):
         made = assemble_name(file, device="cpu", config=config)
         assert list(differences(portrait(stock), portrait(made.value))) == []
         assert made.tally.hit is hit
-        assert [name.partition("@")[0] for name in saved()] == ["model.safetensors:AutoencoderKL"]
+        assert converted() == ["model [AutoencoderKL]"]
         del made
     gc.collect()
 
@@ -96,19 +66,21 @@ def test_a_pipeline_out_of_a_file(runtime_dir, written, monkeypatch):
         assert [text for text in found if not text.startswith("/text_encoder/config")] == []
         assert loaded.text_encoder.config.dtype == loaded.text_encoder.dtype == torch.float16
         assert run(subject, loaded) == run(subject, stock)
-    assert [name.partition("@")[0] for name in saved()] == ["model.safetensors:text_encoder", "model.safetensors:vae"]
+    assert converted() == ["model [text_encoder]", "model [vae]"]
 
 
-def test_a_file_that_changed_is_converted_again(runtime_dir, written, tmp_path):
-    file = Path(tmp_path, "model.safetensors")
-    file.write_bytes((written / "model.safetensors").read_bytes())
-    config = written / "sd" / "vae"
-    before = nbcache.load_model(file, device="cpu", config=config)
-    from safetensors.torch import load_file
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_file_of_torch_save_as_stock(runtime_dir, written, tmp_path, nested):
+    from diffusers import AutoencoderKL
 
-    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
-    after = nbcache.load_model(file, device="cpu", config=config)
-    assert torch.equal(after.decoder.conv_in.bias, before.decoder.conv_in.bias + 1)
+    tensors = load_file(written / "model.safetensors")
+    file, config = tmp_path / "model.ckpt", written / "sd" / "vae"
+    torch.save({"state_dict": tensors} if nested else tensors, file)
+    with library_noise():
+        stock = AutoencoderKL.from_single_file(str(file), config=str(config), torch_dtype=torch.float16)
+    for _ in ("converted", "cached"):
+        assert list(differences(portrait(stock), portrait(nbcache.load_model(file, device="cpu", config=config)))) == []
+    assert converted() == ["model [AutoencoderKL]"]
 
 
 def test_what_cannot_be_converted(runtime_dir, written):
@@ -119,5 +91,7 @@ def test_what_cannot_be_converted(runtime_dir, written):
         UnsupportedFormat, match="a transformers model; the config of a single file is the folder of a diffusers"
     ):
         nbcache.load_model(file, device="cpu", config=written / "sd" / "text_encoder")
+    with pytest.raises(ModelMismatch, match=r"model\.safetensors: the libraries cannot convert it: .*UNet2DConditionModel"):
+        nbcache.load_model(file, device="cpu", config=written / "sd")
     with pytest.raises(InvalidOption, match="unet: a single model is made from its config alone"):
         nbcache.load_model(file, device="cpu", config=written / "sd" / "vae", unet=None)

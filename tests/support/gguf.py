@@ -7,6 +7,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import torch
 from gguf import GGMLQuantizationType as Kind
 
 _PLAIN = {
@@ -30,6 +31,22 @@ def write_gguf(path: Path, kinds: tuple[Kind, ...] = tuple(Kind), seed: int = 0)
         except NotImplementedError:  # no quantizer in Python: half floats below 2 in every pair of bytes
             blocks = random.integers(0, 64, (3, 512 // per_block * block_bytes), np.uint8)
         writer.add_tensor(kind.name, blocks, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_quantized_state(path: Path, model: torch.nn.Module) -> Path:
+    """The tensors of a model by their own names: in Q8_0 what has whole blocks in its rows, else in float32."""
+    writer = gguf.GGUFWriter(path, "tiny")
+    for name, tensor in model.state_dict().items():
+        values = tensor.float().numpy()
+        if values.ndim == 2 and values.shape[1] % 32 == 0:
+            writer.add_tensor(name, gguf.quants.quantize(values, Kind.Q8_0), raw_dtype=Kind.Q8_0)
+        else:
+            writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

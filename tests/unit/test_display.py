@@ -4,8 +4,24 @@ from __future__ import annotations
 
 import pytest
 
-from nbcache.jupyter.display import BAR_CELLS, cells, render_status
+from nbcache.jupyter.display import BAR_CELLS, cells, render_status, short_name
 from nbcache.protocol import messages as m
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("embeddings", "embeddings"),
+        ("/model.safetensors", "/model.safetensors"),
+        ("/home/me/models/minilm/model.safetensors", "minilm/model.safetensors"),
+        ("/hf/hub/models--black-forest-labs--FLUX.1-dev/snapshots/0123abcd/vae", "FLUX.1-dev/vae"),
+        ("/hf/hub/models--black-forest-labs--FLUX.1-dev/snapshots/0123abcd", "black-forest-labs/FLUX.1-dev"),
+        ("/hf/hub/models--gpt2/snapshots/0123abcd/model.safetensors", "gpt2/model.safetensors"),
+        ("/hf/hub/models--gpt2/snapshots/0123abcd/", "gpt2"),
+    ],
+)
+def test_a_name_is_short_and_says_what_it_is(name, short):
+    assert short_name(name) == short
 
 
 @pytest.mark.parametrize(
