@@ -51,8 +51,8 @@ def load_model(
     revision, variant, subfolder : of a repository, which branch, tag or commit; such as ``fp16``: files of that variant,
         where there are any; which folder in it
     config : for a single-file checkpoint in its authors' own layout: the folder or hub id of a diffusers pipeline or model that
-        is built the same; the file is converted once, and kept converted; for a GGUF file
-        the same, and nothing is converted: what is quantized stays so, and is computed with in ``dtype``
+        is built the same; the file is converted once, and kept converted. Of a GGUF file nothing is converted: what is
+        quantized stays so, and is computed with in ``dtype``
     model_class : in place of the class that the config names; what the checkpoint lacks for it is then initialised by the
         library, which says so
     on_progress : called with staged and total bytes while files are read
