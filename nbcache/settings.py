@@ -171,6 +171,8 @@ def in_force(flags: Iterable[str] = (), started_with: Mapping[str, str] = Mappin
 
 def _value(config: NBCache, option: str) -> Any:  # noqa: ANN401
     try:
-        return getattr(config, option)
+        value = getattr(config, option)
+        NBCache(**{option: value})  # what comes from a variable is a default, which traitlets does not validate
     except (TraitError, NBCacheError) as error:
         raise InvalidOption(str(error)) from error
+    return value

@@ -125,7 +125,7 @@ INNER_RANKS: dict[str, dict[str, int]] = {
     },
     "bench": {
         "clients": 0,
-        "columns": 0,
+        "figures": 0,
         "disk": 0,
         "footprint": 0,
         "isolation": 0,

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from nbcache.bench.columns import columns, ms, rate
+from nbcache.bench.figures import ms, rate
 from nbcache.bench.kernel import Card
+from nbcache.jupyter.display import columns
 from nbcache.units import format_duration, format_size
 
 

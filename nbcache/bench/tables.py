@@ -5,11 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 
-from nbcache.bench.columns import columns, count, ms, rate
 from nbcache.bench.disk import COLD_SHARE
+from nbcache.bench.figures import count, ms, rate
 from nbcache.bench.footprint import Footprint
 from nbcache.bench.gpu import GpuReport, Load
 from nbcache.bench.peers import Peer
+from nbcache.jupyter.display import columns
 from nbcache.units import format_duration, format_size
 
 

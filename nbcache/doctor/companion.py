@@ -16,7 +16,7 @@ from nbcache.doctor.findings import Finding, broken, ok, warning
 from nbcache.doctor.machine import check_limits
 from nbcache.errors import DaemonError, DaemonUnavailable, DaemonUnresponsive, NBCacheError
 from nbcache.protocol.messages import PROTOCOL_VERSION, Status
-from nbcache.settings import configured, of_daemon
+from nbcache.settings import in_force
 from nbcache.units import format_duration
 
 PATIENCE_S = 5.0
@@ -82,8 +82,8 @@ def _version(status: Status) -> Finding:
 def _other_options(status: Status) -> list[str]:
     """The daemon's options that a new one would have otherwise; none where what is set is wrong, which is told elsewhere."""
     with contextlib.suppress(NBCacheError):
-        wanted = of_daemon(configured())
-        return [f"{option} = {value or '-'}" for option, value in status.settings.items() if wanted.get(option, value) != value]
+        settings = in_force(started_with=status.settings)
+        return [f"{each.option} = {each.daemon or '-'}" for each in settings if each.daemon is not None]
     return []
 
 

@@ -85,7 +85,7 @@ def render_status(status: Status, private_bytes: Mapping[str, int] = MappingProx
         tiers.append(f"{gpus[gpu.uuid]}: {gpu.name}, {slabs}{bar}")
     rows: list[tuple[str, ...]] = [("name", "size", "tensors", "where", "used by", "idle", "")]
     rows += [_row(entry, gpus, private_bytes.get(entry.key, 0)) for entry in status.entries]
-    return "\n".join([*tiers, *_columns(rows)])
+    return "\n".join([*tiers, *columns(rows)])
 
 
 def cells(part: float, whole: float, width: int = BAR_CELLS) -> str:
@@ -105,7 +105,7 @@ def render_settings(settings: Sequence[Setting]) -> str:
     rows = [("option", "value", "set by"), *((each.option, _text(each.value), each.source) for each in settings)]
     others = [f"{each.option} = {each.daemon or '-'}" for each in settings if each.daemon is not None]
     remark = [f"the daemon that runs was started with {', '.join(others)}; `nbcache restart` starts one anew"] if others else []
-    return "\n".join([*_columns(rows), *remark])
+    return "\n".join([*columns(rows), *remark])
 
 
 def _text(value: object) -> str:
@@ -159,6 +159,7 @@ def where(entry: EntryStatus, gpus: Mapping[str, str]) -> list[str]:
     return host + slabs
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines, each column as wide as its widest cell."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

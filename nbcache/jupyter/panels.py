@@ -60,11 +60,12 @@ def _row(entry: EntryStatus, gpus: Mapping[str, str], private_bytes: int) -> tup
     name = f'<b title="{escape(entry.name)}">{escape(short_name(entry.name))}</b> {" ".join(map(tag, remarks))}'
     if entry.host == "staging":
         name += f' <span class="small">{bar(entry.staged_bytes, entry.bytes)}</span>'
+    since = "yet" if entry.host == "staging" else f"for {format_idle(entry.last_used_s)}"
     return (
         name,
         format_size(entry.bytes),
         escape(", ".join(where(entry, gpus))),
-        "<br>".join(map(escape, users)) or f'<span class="dim">nobody for {format_idle(entry.last_used_s)}</span>',
+        "<br>".join(map(escape, users)) or f'<span class="dim">nobody {since}</span>',
         format_size(private_bytes) if private_bytes else "-",
     )
 

@@ -174,6 +174,8 @@ def test_a_daemon_with_other_options(checkpoint):
     assert code == 0
     assert findings["daemon"]["state"] == "warning"
     assert "was started with host_limit = -, which is set otherwise now" in findings["daemon"]["message"]
+    assert diagnose("NBCACHE_HOST_LIMIT=much", part="daemon")[1]["daemon"]["state"] == "ok"  # a restart would mend nothing
+    assert diagnose("NBCACHE_GPU_LOW_WATERMARK=much", part="machine")[1]["settings"]["state"] == "broken"
     shell(f"NBCACHE_HOST_LIMIT=1G {remedy(findings['daemon'])}")
     assert diagnose("NBCACHE_HOST_LIMIT=1G", part="daemon")[1]["daemon"]["state"] == "ok"
     assert nbcache.status().host.limit_bytes == 10**9

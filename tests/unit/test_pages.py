@@ -104,4 +104,4 @@ def test_a_status():
         assert words in reader.text
     assert "w" in reader.cells  # its tensor
     staging = render_status_html(status(host="staging", staged_bytes=25, leases=0, used_by=()), lambda key: MANIFEST, {})
-    assert "width:25.0%" in staging and "host (staging)" in read(staging).text and "nobody for 3 s" in read(staging).text
+    assert "width:25.0%" in staging and "host (staging)" in read(staging).text and "nobody yet" in read(staging).text
