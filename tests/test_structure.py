@@ -107,6 +107,7 @@ INNER_RANKS: dict[str, dict[str, int]] = {
         "service": 1,
         "hooks": 2,
         "packages": 0,
+        "lean": 0,
         "supply": 2,
         "diffusers": 3,
         "transformers": 3,

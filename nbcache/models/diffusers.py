@@ -15,6 +15,7 @@ import torch
 
 from nbcache.checkpoints.folders import CONFIG, class_name_of, read_json, weights_path
 from nbcache.errors import ModelMismatch
+from nbcache.models import lean
 from nbcache.models.packages import building, class_of, mismatch, require
 from nbcache.models.supply import Supply, floating_dtype
 
@@ -58,18 +59,24 @@ def fill(
     with building:
         model: torch.nn.Module = _build_empty(_remapped(cls, config), config, dtype)
     model._fix_state_dict_keys_on_load(tensors)  # type: ignore[operator]
+    if not lean.seat(model, tensors):
+        _seat(model, tensors, name or folder)
+    move_buffers(model, supply.device)
+    model.register_to_config(_name_or_path=folder)  # type: ignore[operator]
+    model.eval()
+    return model
+
+
+def _seat(model: torch.nn.Module, tensors: dict[str, torch.Tensor], what: str) -> None:
+    """Give a model its tensors as the library does. ModelMismatch."""
     try:
         absent, surplus = model.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:]]
         raise ModelMismatch(
-            f"{name or folder}: {len(lines)} tensors do not fit {type(model).__name__}: {lines[0] if lines else error}"
+            f"{what}: {len(lines)} tensors do not fit {type(model).__name__}: {lines[0] if lines else error}"
         ) from error
-    _check_keys(model, absent, surplus, name or folder)
-    move_buffers(model, supply.device)
-    model.register_to_config(_name_or_path=folder)  # type: ignore[operator]
-    model.eval()
-    return model
+    _check_keys(model, absent, surplus, what)
 
 
 def _build_empty(cls: type[Any], config: dict[str, Any], dtype: torch.dtype | None) -> Any:  # noqa: ANN401
@@ -77,7 +84,12 @@ def _build_empty(cls: type[Any], config: dict[str, Any], dtype: torch.dtype | No
     accelerate = require("accelerate", WHAT)
     from diffusers.models.modeling_utils import no_init_weights
 
-    with default_dtype(dtype), no_init_weights(), accelerate.init_empty_weights(include_buffers=False):
+    with (
+        default_dtype(dtype),
+        no_init_weights(),
+        lean.layers_without_memory(),
+        accelerate.init_empty_weights(include_buffers=False),
+    ):
         return cls.from_config(config)
 
 

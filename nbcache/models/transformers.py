@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,11 +18,14 @@ import torch
 
 from nbcache.checkpoints.folders import CONFIG, read_json, weights_path
 from nbcache.errors import ModelMismatch
+from nbcache.models import lean
 from nbcache.models.derived import Derived
 from nbcache.models.packages import building, class_of, mismatch, require
 from nbcache.models.supply import Supply, widest_dtype
 
 WHAT = "loading a transformers model"
+IN_LINE = "HF_DEACTIVATE_ASYNC_LOAD"
+"""The library's variable for: no threads."""
 
 
 def model_class(folder: str) -> type[Any]:
@@ -68,7 +72,7 @@ def assemble(
     # A slab that is cast as a whole will do only where nothing stays in float32.
     whole = not _may_keep_fp32(cls, config)
     tensors = dict(supply.weights(source or weights_path(folder, variant), dtype if whole else None))
-    with building, _no_warmup(library):
+    with building, _no_warmup(library), _without_detours():
         model, report = cls.from_pretrained(
             None,
             config=config,
@@ -114,6 +118,22 @@ def _no_warmup(library: Any) -> Iterator[None]:  # noqa: ANN401
         yield
     finally:
         module.caching_allocator_warmup = stock
+
+
+@contextlib.contextmanager
+def _without_detours() -> Iterator[None]:
+    """Without what the library does from 5.0 on for each tensor, as if it came from a disk: a task of a thread, a pattern."""
+    module = sys.modules.get("transformers.core_model_loading")
+    before = os.environ.get(IN_LINE)
+    os.environ[IN_LINE] = "1"
+    try:
+        with lean.layers_without_memory(), lean.late_patterns(module) if module else contextlib.nullcontext():
+            yield
+    finally:
+        if before is None:
+            del os.environ[IN_LINE]
+        else:
+            os.environ[IN_LINE] = before
 
 
 def _check(report: dict[str, Any], cls: type[Any], what: str, lenient: bool) -> None:

@@ -1,0 +1,153 @@
+"""Building a model around tensors that are there already, without what libraries do for those that are not.
+
+Owns the shortcuts: parameters made without memory at once, tensors seated without a search, patterns compiled when they are
+used. Each gives what the library's own way gives, and leaves it to that where anything is out of the ordinary. Must not know
+where tensors come from. It exists because building is most of what a load of a whole pipeline takes. Needs torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+LAYERS: tuple[type[nn.Module], ...] = (
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LayerNorm, nn.GroupNorm,
+)  # fmt: skip
+"""Those whose parameters are most of a model's. They have no buffers, which would have to be real."""
+
+
+@contextlib.contextmanager
+def layers_without_memory() -> Iterator[None]:
+    """Have the common layers make their parameters on the meta device, rather than in memory that is given up at once.
+
+    Unless they are told a device. What has no memory is not given values either. For as long as this lasts in the whole
+    process, as the libraries' own patches of modules do.
+    """
+    with contextlib.ExitStack() as stack:
+        for layer in LAYERS:
+            stack.enter_context(_made_on_meta(layer))
+        for kind in {next(k for k in layer.__mro__ if "reset_parameters" in k.__dict__) for layer in LAYERS}:
+            stack.enter_context(_without_values(kind))
+        yield
+
+
+@contextlib.contextmanager
+def _made_on_meta(layer: type[nn.Module]) -> Iterator[None]:
+    """A layer's ``device`` defaults to meta."""
+    init, defaults = layer.__init__, getattr(layer.__init__, "__defaults__", None)
+    if not isinstance(init, FunctionType) or not defaults:
+        yield  # somebody else's
+        return
+    names = init.__code__.co_varnames[: init.__code__.co_argcount][-len(defaults) :]
+    init.__defaults__ = tuple(
+        "meta" if name == "device" and value is None else value for name, value in zip(names, defaults, strict=True)
+    )
+    try:
+        yield
+    finally:
+        init.__defaults__ = defaults
+
+
+@contextlib.contextmanager
+def _without_values(kind: type[Any]) -> Iterator[None]:
+    """A layer on the meta device is not initialised."""
+    stock = kind.reset_parameters
+
+    def reset(self: Any) -> None:  # noqa: ANN401
+        weight = self._parameters.get("weight")
+        if weight is not None and not weight.is_meta:
+            stock(self)
+
+    kind.reset_parameters = reset
+    try:
+        yield
+    finally:
+        kind.reset_parameters = stock
+
+
+def seat(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Make the tensors a model's parameters and buffers, as ``load_state_dict(tensors, assign=True)`` does.
+
+    False, with nothing done, unless there is exactly one for each, of its shape, and no module has its own way of loading:
+    that method tells then what is wrong, or does it. It looks through all names at each of thousands of modules; this does not.
+    """
+    seats: list[tuple[dict[str, Any], str, str, torch.Tensor]] = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not _loads_as_most_do(module):
+            return False
+        prefix = f"{path}." if path else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                seats.append((module._parameters, name, prefix + name, parameter))
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                seats.append((module._buffers, name, prefix + name, buffer))
+    if len(seats) != len(tensors):
+        return False
+    for _, _, key, old in seats:
+        new = tensors.get(key)
+        if type(new) is not torch.Tensor or new.shape != old.shape:
+            return False
+    for holder, name, key, old in seats:
+        new = tensors[key]
+        holder[name] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    return True
+
+
+def _loads_as_most_do(module: nn.Module) -> bool:
+    kind, stock = type(module), nn.Module
+    return (
+        kind._load_from_state_dict is stock._load_from_state_dict
+        and kind.load_state_dict is stock.load_state_dict
+        and kind.set_extra_state is stock.set_extra_state
+        and not module._load_state_dict_pre_hooks
+        and not module._load_state_dict_post_hooks
+    )
+
+
+@contextlib.contextmanager
+def late_patterns(module: ModuleType) -> Iterator[None]:
+    """Have a module of a library compile its regular expressions when it first uses them.
+
+    transformers makes one for each tensor that it loads, of its name, and uses none of those.
+    """
+    stock = getattr(module, "re", None)
+    if stock is not re:
+        yield
+        return
+    module.re = _LateRe()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        module.re = stock  # type: ignore[attr-defined]
+
+
+class _LateRe:
+    """The module ``re``, but for ``compile``."""
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(re, name)
+
+    @staticmethod
+    def compile(pattern: str, flags: int = 0) -> _LatePattern:
+        """See :func:`re.compile`; errors come later, too."""
+        return _LatePattern(pattern, flags)
+
+
+class _LatePattern:
+    """Stands for a compiled pattern."""
+
+    def __init__(self, pattern: str, flags: int) -> None:
+        self._made = pattern, flags
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(re.compile(*self._made), name)  # which remembers the last 512
+
+    def __reduce__(self) -> Any:  # noqa: ANN401
+        return re.compile, self._made
