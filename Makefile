@@ -39,7 +39,7 @@ GPU_PYTHON := $(PYTHON)
 endif
 GPU_TESTS := tests/gpu tests/unit/test_driver.py
 GPU_PYTEST := NBCACHE_REQUIRE_GPU=1 NBCACHE_TEST_PATIENCE_S=250 $(GPU_PYTHON) -m pytest $(GPU_TESTS) \
-    -v -o tmp_path_retention_policy=failed --durations=10
+    -v -o tmp_path_retention_policy=failed --durations=10 -p no:benchmark
 HAS_GPU := -c 'import sys, torch; torch.cuda.is_available() or sys.exit("no GPU: torch " + torch.__version__ + " sees none")'
 
 # The first may share a GPU, and mostly wait for processes that start; the others want it whole. Both run, whatever fails.

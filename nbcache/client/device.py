@@ -6,9 +6,12 @@ awaited and unmapped. Must not know what the tensors over a slab are made of. Ne
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -29,6 +32,12 @@ from nbcache.protocol import messages as m
 
 AHEAD = 2
 """Blocks asked for before they are needed: one is mapped while another is copied."""
+TURN_S = 1e-4
+"""How long one of two threads may keep the interpreter from the other while a slab is filled. Python's default is 5 ms."""
+LINGER_S = 0.25
+"""When host blocks are unmapped, after a load: that takes locks of the driver's which what follows a load wants as well."""
+
+_taking_turns = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -77,24 +86,31 @@ class Device:
     def _attach(self, grant: Grant, layout: Manifest, share: Share) -> Loaded:
         """What the slab of this grant holds, mapped. Takes the grant over."""
         try:
-            made = self._make(grant.fd, grant.session, layout, share)
+            made = self._make(self._map(grant.fd, grant.session, layout), layout, share)
             os.close(grant.take_fd())
         except BaseException:
             grant.close()
             raise
         return self._loaded(grant, made, layout, share)
 
-    def _make(self, fd: int, session: Session, layout: Manifest, share: Share) -> _Made:
-        """Map a slab read-only and make its tensors. Queued after what is queued already; waits for nothing."""
+    def _map(self, fd: int, session: Session, layout: Manifest) -> SlabMap:
+        """Map a slab read-only, for as long as its tensors live."""
         mapped = self._driver.map_slab(fd, layout.extent_bytes, self._gpu, Access.READ)
-        slab = SlabMap(mapped, session, self._views.synchronize, layout, self._gpu.ordinal)
-        with edge.uncollected():
+        return SlabMap(mapped, session, self._views.synchronize, layout, self._gpu.ordinal)
+
+    def _make(self, slab: SlabMap, layout: Manifest, share: Share) -> _Made:
+        """The tensors of a mapped slab. What they copy is queued after what is queued already; waits for nothing."""
+        with self._views.current(), edge.uncollected():
             if share == "cow":
                 return _Made(*self._views.cow(slab, layout), slab)
             if share == "readonly":
                 return _Made(self._views.plain(slab, layout), 0, slab)
-            copies = self._views.private(slab, layout)
+            copies = self._views.private(slab, layout, self._queue)
             return _Made(copies, sum(tensor.nbytes for tensor in copies.values()), slab)
+
+    def _queue(self, target: int, source: int, size_bytes: int) -> None:
+        """Queue a copy on the stream."""
+        self._driver.copy(target, source, size_bytes, self._views.stream())
 
     def _loaded(self, grant: Grant, made: _Made, layout: Manifest, share: Share) -> Loaded:
         kept = None if share == "private" else made.slab  # private tensors need no lease
@@ -118,14 +134,21 @@ class Device:
                 raise EntryNotFound(f"{offer.key}: evicted while its slab was to be filled; load it again")
         (fd,) = descriptors
         mapped: list[Mapped] = []
+        slab: SlabMap | None = None
         try:
             mapped.append(self._driver.map_slab(fd, layout.extent_bytes, self._gpu, Access.WRITE))
-            blocks = self._blocks(session, offer.manifest.extent_bytes, message.block_bytes, mapped, on_progress)
-            if layout is offer.manifest:
-                self._copy(mapped[0].address, blocks)
-            else:
-                self._cast(offer.manifest, layout, mapped[0], blocks, message.block_bytes)
-            made = self._make(fd, session, layout, share)
+            slab = self._map(fd, session, layout)
+            with self._making(slab, layout, share) as making:
+                blocks = self._blocks(session, offer.manifest.extent_bytes, message.block_bytes, mapped, on_progress)
+                if layout is offer.manifest:
+                    self._copy(mapped[0].address, blocks)
+                else:
+                    self._cast(offer.manifest, layout, mapped[0], blocks, message.block_bytes)
+            made = making.result() if making else self._make(slab, layout, share)
+        except BaseException:
+            if slab:
+                slab.end()
+            raise
         finally:
             os.close(fd)
             self._views.synchronize()  # nothing may be unmapped under a queued copy, nor committed
@@ -135,7 +158,8 @@ class Device:
         try:
             grant = committed(session, offer.manifest, on_progress)
         except BaseException:
-            del made  # or the traceback would keep what was refused
+            del made
+            slab.end()
             raise
         os.close(grant.take_fd())
         return self._loaded(grant, made, layout, share)
@@ -143,8 +167,17 @@ class Device:
     def _copy(self, target: int, blocks: Iterator[Mapped]) -> None:
         """One straight copy a block."""
         for block in blocks:
-            self._driver.copy(target, block.address, block.size_bytes, self._views.stream())
+            self._queue(target, block.address, block.size_bytes)
             target += block.size_bytes
+
+    @contextlib.contextmanager
+    def _making(self, slab: SlabMap, layout: Manifest, share: Share) -> Iterator[Future[_Made] | None]:
+        """Have the tensors made by another thread meanwhile, where they are mere views and copy nothing. None if they do."""
+        if share != "readonly":
+            yield None
+            return
+        with ThreadPoolExecutor(1, "nbcache-views") as beside, _turns():
+            yield beside.submit(self._make, slab, layout, share)
 
     def _blocks(
         self,
@@ -182,7 +215,7 @@ class Device:
                 while len(at_hand) <= number:
                     at_hand.append(next(blocks))
                 size = min(extent.nbytes - at, block_bytes - offset)
-                self._driver.copy(scratch.data_ptr() + at, at_hand[number].address + offset, size, self._views.stream())
+                self._queue(scratch.data_ptr() + at, at_hand[number].address + offset, size)
                 at += size
             if extent.nbytes:
                 raw = scratch[: extent.nbytes].view(edge.torch_dtype(extent))
@@ -190,13 +223,33 @@ class Device:
 
 
 def _unmap_later(mapped: list[Mapped]) -> None:
-    """Unmap in the background: 24 GB of host blocks take 50 ms that nobody need wait for."""
+    """Unmap in the background, when the load is over: 24 GB of host blocks take 50 ms that nobody need wait for."""
 
     def unmap() -> None:
         for each in mapped:
             each.close()
 
-    threading.Thread(target=unmap, name="nbcache-unmap", daemon=True).start()
+    timer = threading.Timer(LINGER_S, unmap)
+    timer.name, timer.daemon = "nbcache-unmap", True
+    timer.start()
+
+
+@contextlib.contextmanager
+def _turns() -> Iterator[None]:
+    """Let threads take short turns with the interpreter: who maps memory lets it go at each call, and wants it back at once.
+
+    The interval is the process's; of several at once one sets it, and sets it back.
+    """
+    if not _taking_turns.acquire(blocking=False):
+        yield
+        return
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(TURN_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+        _taking_turns.release()
 
 
 def cast_manifest(manifest: Manifest, dtype: str) -> Manifest:

@@ -15,12 +15,16 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import msgspec
 import torch
 
 from nbcache.client import tensors as edge
 from nbcache.client.session import Session
-from nbcache.manifest import Extent, Manifest, each_view, row_strides, stored_shape
+from nbcache.manifest import Manifest, each_view, row_strides, stored_shape
 from nbcache.memory.driver import Mapped
+
+Queue = Callable[[int, int, int], None]
+"""Queues a copy of so many bytes, from the second address to the first."""
 
 
 class SlabMap:
@@ -33,7 +37,12 @@ class SlabMap:
         self.size_bytes = mapped.size_bytes
         self.manifest = manifest
         self._device = device
-        weakref.finalize(self, _let_go, mapped, session, synchronize, os.getpid()).atexit = False
+        self._finalizer = weakref.finalize(self, _let_go, mapped, session, synchronize, os.getpid())
+        self._finalizer.atexit = False
+
+    def end(self) -> None:
+        """End both now, whoever still refers to this: a traceback, when nobody was given the tensors."""
+        self._finalizer()
 
     @classmethod
     def borrow(cls, mapped: Mapped, synchronize: Callable[[], None], manifest: Manifest, device: int) -> SlabMap:
@@ -92,42 +101,41 @@ _NO_SESSION: Any = _NoSession()
 
 def plain_tensors(slab: SlabMap, manifest: Manifest, device: torch.device) -> dict[str, torch.Tensor]:
     """CUDA tensors that keep the map alive; a write to one is a write to the map. All are views of one array, the slab."""
-    view = _viewer(slab, manifest, device)
-    return {extent.name: view(extent) for extent in manifest.tensors}
-
-
-def _viewer(slab: SlabMap, manifest: Manifest, device: torch.device) -> Callable[[Extent], torch.Tensor]:
-    """What makes the tensor of an extent."""
     whole = torch.as_tensor(_CudaArray(slab), device=device)
     typed = {name: whole.view(dtype) for name, dtype in edge.dtypes_of(manifest).items()}
-
-    def view(extent: Extent) -> torch.Tensor:
-        base, shape = typed[extent.dtype], stored_shape(extent.dtype, extent.shape)
-        if not extent.nbytes:
-            return torch.empty(shape, dtype=base.dtype, device=device)
-        return base.as_strided(shape, _strides(shape), extent.place // base.itemsize)
-
-    return view
+    found: dict[str, torch.Tensor] = {}
+    for name, dtype_name, shape, _, _, nbytes, place in map(msgspec.structs.astuple, manifest.tensors):
+        base, shape = typed[dtype_name], stored_shape(dtype_name, shape)
+        if nbytes:
+            found[name] = base.as_strided(shape, _strides(shape), place // base.itemsize)
+        else:
+            found[name] = torch.empty(shape, dtype=base.dtype, device=device)
+    return found
 
 
 _strides = lru_cache(1024)(row_strides)
 """A model has thousands of tensors, of few shapes."""
 
 
-def private_tensors(slab: SlabMap, manifest: Manifest, device: torch.device) -> dict[str, torch.Tensor]:
+def private_tensors(slab: SlabMap, manifest: Manifest, device: torch.device, queue: Queue) -> dict[str, torch.Tensor]:
     """Copies in memory of torch's own.
 
     That memory is asked for at once, where torch has none at hand: the driver takes as long for 24 GB as for a tensor of 20 MB,
     and a model has hundreds. If it is not there at once, it is asked for tensor by tensor. The large tensors come first: while
     they are copied, the small ones are queued.
     """
-    need = sum(extent.nbytes for extent in manifest.tensors)
-    if torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) < need // 8:
-        with contextlib.suppress(torch.OutOfMemoryError):
-            torch.empty(need, dtype=torch.uint8, device=device)  # freed again, into torch's cache
-    view = _viewer(slab, manifest, device)
-    ordered = sorted(manifest.tensors, key=operator.attrgetter("nbytes"), reverse=True)
-    found = {extent.name: view(extent).clone() for extent in ordered}
+    if device.type == "cuda":
+        need = sum(extent.nbytes for extent in manifest.tensors)
+        if torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) < need // 8:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                torch.empty(need, dtype=torch.uint8, device=device)  # freed again, into torch's cache
+    dtypes = edge.dtypes_of(manifest)
+    found = {}
+    for extent in sorted(manifest.tensors, key=operator.attrgetter("nbytes"), reverse=True):
+        shape = stored_shape(extent.dtype, extent.shape)
+        found[extent.name] = tensor = torch.empty(shape, dtype=dtypes[extent.dtype], device=device)
+        if extent.nbytes:
+            queue(tensor.data_ptr(), slab.address + extent.place, extent.nbytes)
     return {extent.name: found[extent.name] for extent in manifest.tensors}  # in file order again
 
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from nbcache.client import cow
-from nbcache.client.slabs import SlabMap, plain_tensors, private_tensors
+from nbcache.client.slabs import Queue, SlabMap, plain_tensors, private_tensors
 from nbcache.manifest import Manifest
 
 
@@ -25,8 +25,8 @@ class Views(Protocol):
     def cow(self, slab: SlabMap, manifest: Manifest) -> tuple[dict[str, torch.Tensor], int]:
         """Copy-on-write tensors, and how many bytes of them had to be copied at once."""
 
-    def private(self, slab: SlabMap, manifest: Manifest) -> dict[str, torch.Tensor]:
-        """Copies that need the map no longer than it takes to copy, on the stream."""
+    def private(self, slab: SlabMap, manifest: Manifest, queue: Queue) -> dict[str, torch.Tensor]:
+        """Copies, by ``queue``, that need the map no longer than it takes to copy."""
 
     def synchronize(self) -> None:
         """Wait for all queued work."""
@@ -56,9 +56,9 @@ class CudaViews:
         """See :class:`Views`."""
         return cow.adopt(slab, manifest, self._device)
 
-    def private(self, slab: SlabMap, manifest: Manifest) -> dict[str, torch.Tensor]:
+    def private(self, slab: SlabMap, manifest: Manifest, queue: Queue) -> dict[str, torch.Tensor]:
         """See :class:`Views`."""
-        return private_tensors(slab, manifest, self._device)
+        return private_tensors(slab, manifest, self._device, queue)
 
     def synchronize(self) -> None:
         """See :class:`Views`."""

@@ -91,7 +91,7 @@ def measure(path: str, share: str, runs: int, resident: bool) -> list[str]:
     steps = Steps()
     places = [
         *((Session, name) for name in ("request", "receive")),
-        *((type(gpu), name) for name in ("load", "_fill", "_attach", "_make", "_copy", "_cast")),
+        *((type(gpu), name) for name in ("load", "_fill", "_attach", "_map", "_make", "_copy", "_cast")),
         *((gpu._driver, name) for name in ("map_slab", "map_block_on", "copy")),
         *((gpu._views, name) for name in ("synchronize", "plain", "cow", "private")),
         (_CudaMap, "close"), (EmulatedMap, "close"), (device, "committed"), (device, "_unmap_later"),
