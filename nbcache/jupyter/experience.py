@@ -33,9 +33,13 @@ class Experience(msgspec.Struct):
     quick: list[str] = []
     """Modules that were measured, and are not worth it."""
     broken: dict[str, str] = {}
-    """Modules that cannot be imported ahead of a fork, and why."""
+    """Packages, and single modules, that cannot be imported ahead of a fork, and why."""
     installed_at: int = 0
     """When something was last installed, as of then. In nanoseconds, of the newest folder's time."""
+
+    def is_broken(self, name: str) -> bool:
+        """Whether a module is one that cannot be imported ahead, or of such a package."""
+        return name in self.broken or name.partition(".")[0] in self.broken
 
 
 def by_package(seconds: Mapping[str, float]) -> dict[str, float]:

@@ -11,9 +11,11 @@ import os
 import site
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+
+from nbcache.jupyter.deferred import DeferredLoader
 
 OWN = "nbcache"
 """Imported from wherever it is: whoever runs it has it installed, or works on it."""
@@ -24,27 +26,35 @@ Stamp = tuple[int, int, int]
 
 
 class InstalledOnly:
-    """A finder, to be the first, that refuses top-level modules which are not installed.
+    """A finder, to be the first, that refuses top-level modules which are not installed, and defers some that are.
 
     Notes
     -----
     Many packages try an import and do without it, so a refusal may go unnoticed where it happened: ``refused`` keeps them.
+    ``on_find`` is told of each top-level module that is looked for.
     """
 
-    def __init__(self, folders: Sequence[str]) -> None:
+    def __init__(
+        self, folders: Sequence[str], deferred: Container[str] = (), on_find: Callable[[str], None] = lambda _: None
+    ) -> None:
         self._folders = tuple(folder.rstrip("/") + "/" for folder in folders)
+        self._deferred = deferred
+        self._on_find = on_find
         self.refused: list[str] = []
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         """The import system calls this. None for what is installed; ImportError for what is not."""
         if path is not None or name == OWN:
             return None
+        self._on_find(name)
         for finder in sys.meta_path:
             if finder is self or not hasattr(finder, "find_spec"):
                 continue
             spec = finder.find_spec(name, path, target)
             if spec is not None:
                 self._check(name, spec)
+                if name in self._deferred and hasattr(spec.loader, "exec_module"):
+                    spec.loader = DeferredLoader(spec.loader)
                 return spec
         return None
 

@@ -46,8 +46,8 @@ class Learner:
             if name.partition(".")[0] not in stdlib and isinstance(file, str) and is_below(os.path.abspath(file), folders)
         ]
         known = recall()
-        seen = {*known.learned, *known.candidates, *known.quick, *known.broken}
-        fresh = [name for name in found if name not in seen]
+        seen = {*known.learned, *known.candidates, *known.quick}
+        fresh = [name for name in found if name not in seen and not known.is_broken(name)]
         if not fresh or len(known.candidates) > MAX_CANDIDATES:
             return
         with contextlib.suppress(OSError), revise() as known:

@@ -1,8 +1,9 @@
 """In a zygote: imports what kernels need, and nothing that is not installed.
 
 The GPU driver must stay untouched: a process that initialised it cannot give a working GPU to its children. Importing diffusers
-asks ``torch.cuda.is_available()``, which initialises it unless ``PYTORCH_NVML_BASED_CUDA_CHECK`` is set. What starts threads is
-left out too. Whether the whole can still be forked is for :mod:`nbcache.jupyter.proof` to show.
+asks ``torch.cuda.is_available()``, which initialises it unless ``PYTORCH_NVML_BASED_CUDA_CHECK`` is set. Nor may threads be
+started: a package that does is deferred (:mod:`nbcache.jupyter.deferred`), so that what imports it need not be left out.
+Whether the whole can still be forked is for :mod:`nbcache.jupyter.proof` to show.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 from nbcache.jupyter.experience import SLOW_S, Experience, by_package
 from nbcache.jupyter.installed import InstalledOnly, installed_folders, mapped_math_libraries, top_level
@@ -32,13 +34,21 @@ NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 INLINE_BACKEND = "module://matplotlib_inline.backend_inline"
 
 
-class Broken(Exception):
-    """A module that a process cannot import and still be forked; the message says why."""
+MAX_BROKEN_MODULES = 2
+"""Of a package; with one more, the package is deferred as a whole."""
 
-    def __init__(self, name: str, reason: str) -> None:
+
+class Broken(Exception):
+    """A module that a process cannot import and still be forked; the message says why.
+
+    ``suspects`` are the packages that came with it, which may be to blame; the likeliest first.
+    """
+
+    def __init__(self, name: str, reason: str, suspects: Sequence[str] = ()) -> None:
         super().__init__(f"{name}: {reason}")
         self.name = name
         self.reason = reason
+        self.suspects = list(suspects)
 
 
 @dataclass
@@ -65,34 +75,43 @@ def prepare_environment() -> None:
         os.environ["MPLBACKEND"] = INLINE_BACKEND  # as ipykernel sets it, and matplotlib reads it when it is imported
 
 
-def preload(names: Sequence[str], after_each: Callable[[str], None] | None = None) -> Preloaded:
+def preload(names: Sequence[str], deferred: Container[str] = (), after_each: Callable[[str], None] | None = None) -> Preloaded:
     """Import the kernel's modules, torch, and these. Broken for the first that a fork would not survive.
 
-    A module that cannot be imported is left out; ImportError only for what a kernel cannot do without. ``after_each`` is called
-    with each name after its import, and may raise what the caller likes.
+    A module that cannot be imported is left out; ImportError only for what a kernel cannot do without. The packages that are
+    ``deferred`` get modules that are executed when they are used. ``after_each`` is called with each name after its import, and
+    may raise what the caller likes.
     """
-    guard = InstalledOnly(installed_folders())
-    sys.meta_path.insert(0, guard)
+    watch = _Watch(deferred)
     done, before = Preloaded(), dict(os.environ)
-    try:
+    with watch:
         for name in KERNEL_MODULES:
             _import_kernel_module(name)
-        libraries = mapped_math_libraries()
+        watch.begin()
         done.kernel = top_level(sys.modules)
         done.variables = {name: value for name, value in os.environ.items() if before.get(name) != value}
         for name in ("torch", *names):
-            seconds = _import(name, guard, libraries) if name not in sys.modules else None
+            seconds = watch.load(name) if name not in sys.modules else None
             if seconds is not None:
                 done.seconds[name] = seconds
                 if after_each is not None:
                     after_each(name)
         if "torch" in sys.modules:
             importlib.import_module("nbcache.client.api").prepare()
-    finally:
-        sys.meta_path.remove(guard)
-    if guard.refused:
-        raise Broken("a kernel's own modules", f"import what is not installed: {guard.refused[0]}")
+    if watch.refused:
+        raise Broken("a kernel's own modules", f"import what is not installed: {watch.refused[0]}")
     return done
+
+
+def attempt(name: str) -> str:
+    """Import a package alone; why a process that did cannot be forked, or nothing."""
+    try:
+        with _Watch() as watch:
+            watch.begin()
+            watch.load(name)
+    except Broken as error:
+        return error.reason
+    return ""
 
 
 def _import_kernel_module(name: str) -> None:
@@ -103,37 +122,80 @@ def _import_kernel_module(name: str) -> None:
             raise
 
 
-def _import(name: str, guard: InstalledOnly, libraries: set[str]) -> float | None:
-    """Import a module; the seconds it took, None if it cannot be imported. Broken if the process is unfit for forks then.
+class _Watch:
+    """Imports one module after the other, and looks what each does to the process."""
 
-    ``libraries`` are the math libraries that were loaded before.
-    """
-    threads = _thread_count()
-    start = time.perf_counter()
-    try:
-        importlib.import_module(name)
-    except Exception:  # noqa: BLE001 - it will fail in the kernel too, and be told there
-        if guard.refused:
-            raise Broken(name, f"imports what is not installed: {guard.refused[0]}") from None
-        return None
-    seconds = time.perf_counter() - start
-    if guard.refused:
-        raise Broken(name, f"imports what is not installed: {guard.refused[0]}")
-    if threading.active_count() > 1:
-        raise Broken(name, f"starts threads: {', '.join(t.name for t in threading.enumerate()[1:])}")
-    if _thread_count() > threads and not _are_of_new_math_libraries(libraries):
-        raise Broken(name, "starts threads, which a forked kernel would lack")
-    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
-        raise Broken(name, "uses the GPU when it is imported")
-    return seconds
+    def __init__(self, deferred: Container[str] = ()) -> None:
+        self._guard = InstalledOnly(installed_folders(), deferred, self._look)
+        self._libraries: set[str] = set()
+        self._threads = 0
+        self._found = ""
+        self._rises: list[str] = []
 
+    def __enter__(self) -> Self:
+        sys.meta_path.insert(0, self._guard)
+        return self
 
-def _are_of_new_math_libraries(known: set[str]) -> bool:
-    """Whether threads that have appeared are those of a math library, which mends itself after a fork. Adds it to the known."""
-    found = mapped_math_libraries()
-    is_new = not found <= known
-    known |= found
-    return is_new
+    def __exit__(self, *_: object) -> None:
+        sys.meta_path.remove(self._guard)
+
+    @property
+    def refused(self) -> list[str]:
+        """What was not installed."""
+        return self._guard.refused
+
+    def begin(self) -> None:
+        """Take what is there now as harmless."""
+        self._libraries = mapped_math_libraries()
+        self._threads = _thread_count()
+
+    def _look(self, name: str) -> None:
+        """The next top-level module is looked for: if there are more threads now, the one before is a suspect."""
+        if (threads := _thread_count()) > self._threads:
+            self._rises.append(self._found)
+        self._threads, self._found = threads, name
+
+    def load(self, name: str) -> float | None:
+        """Import a module; the seconds it took, None if it cannot be imported. Broken if forks would not survive it."""
+        threads, known = self._threads, len(sys.modules)
+        self._found, self._rises = name.partition(".")[0], []
+        start = time.perf_counter()
+        try:
+            importlib.import_module(name)
+            imported = True
+        except Exception:  # noqa: BLE001 - it will fail in the kernel too, and be told there
+            imported = False
+        seconds = time.perf_counter() - start
+        self._look("")
+        if reason := self._trouble(threads):
+            raise Broken(name, reason, self._suspects(known))
+        return seconds if imported else None
+
+    def _trouble(self, threads: int) -> str:
+        """What is wrong with the process now, which had so many threads before."""
+        if self.refused:
+            return f"imports what is not installed: {self.refused[0]}"
+        if threading.active_count() > 1:
+            return f"starts threads: {', '.join(t.name for t in threading.enumerate()[1:])}"
+        if self._threads > threads and not self._are_of_new_math_libraries():
+            return "starts threads, which a forked kernel would lack"
+        if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
+            return "uses the GPU when it is imported"
+        return ""
+
+    def _are_of_new_math_libraries(self) -> bool:
+        """Whether threads that appeared are those of a math library, which mends itself after a fork. Adds it to the known."""
+        found = mapped_math_libraries()
+        is_new = not found <= self._libraries
+        self._libraries |= found
+        return is_new
+
+    def _suspects(self, known: int) -> list[str]:
+        """The packages that came since there were so many modules: first those with which threads came, then the latest."""
+        modules = list(sys.modules)
+        fresh = top_level(modules[known:]) - top_level(modules[:known])
+        order = [*self._rises, *(name.partition(".")[0] for name in reversed(modules[known:]))]
+        return [name for name in dict.fromkeys(order) if name in fresh]
 
 
 def _thread_count() -> int:
@@ -143,7 +205,17 @@ def _thread_count() -> int:
 def wanted(chosen: Sequence[str] | None, known: Experience) -> list[str]:
     """What to import: what the setting names, or else what was learned, and what is to be measured."""
     names = list(chosen) if chosen is not None else [*known.learned, *known.candidates]
-    return [name for name in dict.fromkeys(names) if name not in known.broken]
+    return [name for name in dict.fromkeys(names) if not known.is_broken(name)]
+
+
+def leave_out(known: Experience, name: str, reason: str) -> None:
+    """Note what breaks forks: a package, which is deferred from now on, or one module of it. Of many, their package."""
+    package = name.partition(".")[0]
+    if sum(other.partition(".")[0] == package for other in known.broken) >= MAX_BROKEN_MODULES:
+        name = package
+    known.broken[name] = reason
+    known.learned = {other: took for other, took in known.learned.items() if not known.is_broken(other)}
+    known.candidates = [other for other in known.candidates if not known.is_broken(other)]
 
 
 def weigh(known: Experience, names: Sequence[str], seconds: dict[str, float]) -> None:

@@ -1,9 +1,9 @@
 """``python -m nbcache.jupyter.zygote KEY [successor] [careful]``: how a zygote comes to be.
 
 One for each interpreter and environment, started by the first launcher that found none. It imports, has a forked child prove
-that forks of it work, binds its socket, and then is a :class:`~nbcache.jupyter.nursery.Nursery`. A module that breaks the proof
-is noted and left out: the process starts over without it. When kernels have been seen to import something new, it starts a
-successor, which takes its place once it is ready.
+that forks of it work, binds its socket, and then is a :class:`~nbcache.jupyter.nursery.Nursery`. What breaks the proof is noted
+and left out, a package below a module or the module itself: the process starts over without it. When kernels have been seen to
+import something new, it starts a successor, which takes its place once it is ready.
 """
 
 from __future__ import annotations
@@ -13,19 +13,35 @@ import fcntl
 import os
 import signal
 import socket
+import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from typing import NoReturn
 
 from nbcache import settings
 from nbcache.jupyter import handover, proof
-from nbcache.jupyter.experience import by_package, experience_path, recall, revise
+from nbcache.jupyter.experience import Experience, by_package, experience_path, recall, revise
 from nbcache.jupyter.installed import installed_folders
 from nbcache.jupyter.nursery import Nursery, log
-from nbcache.jupyter.preload import Broken, Preloaded, preload, prepare_environment, settle, wanted, weigh
+from nbcache.jupyter.preload import (
+    Broken,
+    Preloaded,
+    attempt,
+    leave_out,
+    preload,
+    prepare_environment,
+    settle,
+    wanted,
+    weigh,
+)
 
 MODULE = "nbcache.jupyter.zygote"
-SUCCESSOR, CAREFUL = "successor", "careful"
+SUCCESSOR, CAREFUL, ATTEMPT = "successor", "careful", "attempt"
+BROKEN = 3
+"""The status of an attempt that has shown something wrong."""
+CULPRIT_S = 60.0
+"""How long to look for the package that is to blame."""
 
 
 class Upbringing:
@@ -75,18 +91,36 @@ class Upbringing:
         with contextlib.suppress(OSError), revise() as known:
             if known.installed_at != newest:
                 known.installed_at, known.broken = newest, {}  # it may work now
-        self._names = names = wanted(self._settings.preload, recall())
+        known = recall()
+        self._names = names = wanted(self._settings.preload, known)
         try:
-            return preload(names, self._prove if CAREFUL in self._options else None)
+            return preload(names, known.broken, self._prove if CAREFUL in self._options else None)
         except Broken as error:
             if error.name not in names:
                 raise
-            log(f"left out: {error}")
+            name, reason = self._culprit(error, known) or (error.name, error.reason)
+            log(f"left out: {name}: {reason}")
             with revise() as known:
-                known.broken[error.name] = error.reason
-                known.learned.pop(error.name, None)
-                known.candidates = [name for name in known.candidates if name != error.name]
+                leave_out(known, name, reason)
             self._become(self._options)
+
+    def _culprit(self, broken: Broken, known: Experience) -> tuple[str, str] | None:
+        """Which of the packages that came with a module is to blame, and for what: the first that does it alone, too."""
+        limit = time.monotonic() + CULPRIT_S
+        for name in broken.suspects:
+            if not known.is_broken(name) and time.monotonic() < limit and (reason := self._attempt(name)):
+                return name, reason
+        return None
+
+    def _attempt(self, name: str) -> str:
+        """See :func:`nbcache.jupyter.preload.attempt`; in a process of its own."""
+        command = [sys.executable, *self._flags, "-m", MODULE, self.place.key, ATTEMPT, name]
+        with contextlib.suppress(subprocess.TimeoutExpired, OSError):
+            done = subprocess.run(
+                command, env=self._environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=CULPRIT_S, check=False
+            )
+            return done.stdout.decode(errors="replace").rpartition(ATTEMPT)[2].strip() if done.returncode == BROKEN else ""
+        return ""
 
     def _prove(self, name: str) -> None:
         if reason := proof.probe():
@@ -171,6 +205,11 @@ def main() -> None:
     os.umask(0o077)
     if not sys.flags.safe_path:
         del sys.path[0]  # the directory this runs in; a kernel puts its own there
+    if sys.argv[2:3] == [ATTEMPT]:
+        prepare_environment()
+        reason = attempt(sys.argv[3])
+        print(ATTEMPT, reason, flush=True)  # noqa: T201 - for the process that asked
+        os._exit(BROKEN if reason else 0)  # threads may be there
     upbringing = Upbringing(sys.argv[2:])
     if sys.argv[1:2] != [upbringing.place.key]:
         log("the environment is not the launcher's")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import socket
 import subprocess
@@ -12,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from nbcache.jupyter import handover, launcher
+from nbcache.jupyter.deferred import is_deferred
 from nbcache.jupyter.experience import Experience, recall, revise
 from nbcache.jupyter.installed import InstalledOnly, Snapshot, installed_folders, shadowed
 from nbcache.jupyter.kernelspec import end_zygotes, examine
-from nbcache.jupyter.preload import wanted, weigh
+from nbcache.jupyter.preload import leave_out, wanted, weigh
 from nbcache.jupyter.supervision import connection_file
 from tests.support.kernels import REPOSITORY, Kernel
 from tests.support.waiting import eventually
@@ -76,6 +78,28 @@ def test_what_was_learned_is_imported_ahead_and_what_breaks_forks_is_left_out(en
         )
         kernel.run("import threads, computes, torch")
         assert kernel.run("float((torch.ones(1 << 22) + 1).sum())") == str(float(2 << 22))
+
+
+def test_what_stands_on_a_package_that_starts_threads_is_imported_ahead_all_the_same(environment, own_specs):
+    installed(
+        environment, "threads", "import threading, time\nthreading.Thread(target=time.sleep, args=(9,)).start()\nvalue = 42"
+    )
+    installed(environment, "above", f"{SLEEP}import threads\ndef value():\n    return threads.value")
+    installed(environment, "uses", f"{SLEEP}import threads\nvalue = threads.value")
+    with Kernel("nbcache", own_specs) as kernel:
+        zygote()
+        kernel.run("import above, uses")
+        eventually(lambda: not recall().candidates and "above" in recall().learned, 100)
+        known = recall()
+        assert set(known.broken) == {"threads", "uses"}
+        eventually(lambda: any("above" in each.preloaded for each in examine().zygotes), 60)
+        kernel.restart()
+        assert is_forked(kernel)
+        assert kernel.run("import sys; [n in sys.modules for n in ('above', 'threads', 'uses')]") == "[True, True, False]"
+        kernel.run("import inspect, threading, above; before = threading.active_count()")
+        kernel.run("inspect.getmodule(inspect.currentframe()); assert threading.active_count() == before")
+        assert kernel.run("import above; above.value(), threading.active_count() - before") == "(42, 1)"
+        assert kernel.run("import uses; uses.value, threading.active_count() - before") == "(42, 1)"
 
 
 def test_an_empty_list_learns_nothing(environment, own_specs, monkeypatch):
@@ -320,6 +344,64 @@ def test_slow_packages_are_kept_whole_and_quick_ones_are_not_asked_again():
     assert known.learned == {"slow": 0.15, "slow.part": 0.06}
     assert known.quick == ["quick", "gone"]
     assert known.candidates == ["later"]
+
+
+def test_of_a_package_with_many_broken_modules_all_is_left_out():
+    known = Experience(learned={"big": 1.0, "big.a": 1.0, "other": 1.0}, candidates=["big.b", "big.c", "other.d"])
+    leave_out(known, "big.a", "why")
+    assert known.learned == {"big": 1.0, "other": 1.0}
+    leave_out(known, "big.b", "why")
+    assert wanted(None, known) == ["big", "other", "big.c", "other.d"]
+    leave_out(known, "big.c", "why")
+    assert wanted(None, known) == ["other", "other.d"]
+    assert known.is_broken("big.anything") and not known.is_broken("bigger")
+
+
+@pytest.fixture
+def deferred_package(tmp_path, monkeypatch):
+    folder = tmp_path / "site-packages" / "late"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("import sys\nsys.late_runs = getattr(sys, 'late_runs', 0) + 1\nvalue = 7\n")
+    (folder / "part.py").write_text("from late import value")
+    monkeypatch.syspath_prepend(str(folder.parent))
+    guard = InstalledOnly([str(folder.parent)], {"late"})
+    monkeypatch.setattr(sys, "meta_path", [guard, *sys.meta_path])
+    yield folder
+    for name in ("late", "late.part"):
+        sys.modules.pop(name, None)
+    if hasattr(sys, "late_runs"):
+        del sys.late_runs
+
+
+@pytest.mark.parametrize(
+    "use",
+    ["late.value", "from late import value", "import late.part", "late.new = 1", "dir(late).index('value')", "late.__path__"],
+)
+def test_a_deferred_package_is_executed_by_its_first_use(deferred_package, use):
+    late = __import__("late")
+    assert is_deferred(late)
+    assert late.__file__ == str(deferred_package / "__init__.py") and late.__name__ == "late"
+    assert inspect.getmodule(inspect.currentframe()) is sys.modules[__name__]
+    assert not hasattr(sys, "late_runs") and is_deferred(late)
+    exec(use, {"late": late})
+    assert sys.late_runs == 1 and not is_deferred(late)
+    assert late.value == 7 and type(late) is type(sys) and late.__spec__.loader is late.__loader__
+    __import__("late.part")
+    assert sys.late_runs == 1 and late.part.value == 7
+
+
+def test_a_deferred_package_that_fails_fails_at_each_use(deferred_package):
+    (deferred_package / "__init__.py").write_text("import sys\nif sys.late_fails: raise ImportError('not now')\nvalue = 8\n")
+    sys.late_fails = True
+    try:
+        late = __import__("late")
+        for _ in range(2):
+            with pytest.raises(ImportError, match="not now"):
+                _ = late.value
+        sys.late_fails = False
+        assert late.value == 8
+    finally:
+        del sys.late_fails
 
 
 def test_experience_is_kept_and_survives_garbage(runtime_dir):
