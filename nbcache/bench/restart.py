@@ -202,9 +202,13 @@ class _Bench:
                     await kernel.run(self._plan.cell(OURS, line))
                     self._on_step(f"it ran the cell with {_named(line)}")
             deadline = time.monotonic() + LEARNING_TIMEOUT_S
+            told: set[str] = set()
             while not _has_learned():
+                for name in recall().broken.keys() - told:
+                    told.add(name)
+                    self._on_step(f"the zygote leaves out {name}, and starts over")
                 if time.monotonic() > deadline:
-                    raise BenchmarkFailed(f"no zygote was ready in {LEARNING_TIMEOUT_S:g} s: {examine().failures}")
+                    raise BenchmarkFailed(_unready())
                 await asyncio.sleep(0.2)
         self._on_step("the zygote is ready")
 
@@ -243,6 +247,16 @@ def _has_learned() -> bool:
     known, zygotes = recall(), examine().zygotes
     learned = {*by_package(known.learned)} - top_level(known.broken)
     return not known.candidates and any(each.ready and learned <= set(each.preloaded) for each in zygotes)
+
+
+def _unready() -> str:
+    """What there is instead of a zygote that knows."""
+    known, state = recall(), examine()
+    seen = "; ".join([*state.failures, *(f"{zygote.pid} has {', '.join(zygote.preloaded)}" for zygote in state.zygotes)])
+    return (
+        f"no zygote was ready in {LEARNING_TIMEOUT_S:g} s; left out so far: {', '.join(known.broken) or 'nothing'}; "
+        f"{len(known.candidates)} modules are to be measured; there is: {seen or 'none'}"
+    )
 
 
 async def _is_forked(kernel: Client) -> bool:

@@ -7,6 +7,8 @@ that the path of a load can be run without a GPU. Needs torch.
 from __future__ import annotations
 
 import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -38,7 +40,7 @@ class Views(Protocol):
         """Scratch bytes on the device."""
 
     def current(self) -> contextlib.AbstractContextManager[object]:
-        """Makes the device current."""
+        """Makes the device current in this thread, whichever it is."""
 
 
 class CudaViews:
@@ -46,6 +48,7 @@ class CudaViews:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._bound = threading.local()
         torch.cuda.init()
 
     def plain(self, slab: SlabMap, manifest: Manifest) -> dict[str, torch.Tensor]:
@@ -72,6 +75,13 @@ class CudaViews:
         """See :class:`Views`."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
-    def current(self) -> contextlib.AbstractContextManager[object]:
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
         """See :class:`Views`."""
-        return torch.cuda.device(self._device)
+        with torch.cuda.device(self._device):
+            if not hasattr(self._bound, "yes"):
+                # torch notes the number of a device; a thread has its context from the first call on that needs one, and the
+                # driver's own calls need one that is there
+                torch.cuda.mem_get_info(self._device)
+                self._bound.yes = True
+            yield

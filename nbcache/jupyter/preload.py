@@ -8,6 +8,7 @@ Whether the whole can still be forked is for :mod:`nbcache.jupyter.proof` to sho
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import os
@@ -34,6 +35,8 @@ NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 INLINE_BACKEND = "module://matplotlib_inline.backend_inline"
 
 
+MATHEMATICAL = ("torch", "scipy.linalg")
+"""Modules that bring math libraries with them."""
 MAX_BROKEN_MODULES = 2
 """Of a package; with one more, the package is deferred as a whole."""
 
@@ -103,10 +106,13 @@ def preload(names: Sequence[str], deferred: Container[str] = (), after_each: Cal
     return done
 
 
-def attempt(name: str) -> str:
-    """Import a package alone; why a process that did cannot be forked, or nothing."""
+def attempt(name: str, deferred: Container[str] = ()) -> str:
+    """Import a package; why a process that did cannot be forked, or nothing."""
     try:
-        with _Watch() as watch:
+        with _Watch(deferred) as watch:
+            for other in MATHEMATICAL:  # whose threads would excuse those of the package
+                with contextlib.suppress(ImportError):
+                    importlib.import_module(other)
             watch.begin()
             watch.load(name)
     except Broken as error:

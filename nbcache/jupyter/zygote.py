@@ -207,7 +207,7 @@ def main() -> None:
         del sys.path[0]  # the directory this runs in; a kernel puts its own there
     if sys.argv[2:3] == [ATTEMPT]:
         prepare_environment()
-        reason = attempt(sys.argv[3])
+        reason = attempt(sys.argv[3], recall().broken)
         print(ATTEMPT, reason, flush=True)  # noqa: T201 - for the process that asked
         os._exit(BROKEN if reason else 0)  # threads may be there
     upbringing = Upbringing(sys.argv[2:])

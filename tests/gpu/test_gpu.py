@@ -107,6 +107,15 @@ def test_every_size_equals_a_stock_load_and_is_aligned(kernel, path, share):
         assert kernel.run("all(t.data_ptr() % 512 == 0 for t in w.values())")
 
 
+@pytest.mark.parametrize("share", ["cow", "readonly", "private"])
+def test_threads_that_never_used_the_gpu_fill_and_attach(kernel, path, share):
+    kernel.run("import threading\nwarnings.simplefilter('error')\nfound = []")
+    for number in (1, 2):
+        kernel.run(f"thread = threading.Thread(target=lambda: found.append({load(path, share)}))\nthread.start(); thread.join()")
+        assert kernel.run("len(found)") == number, "see the thread's traceback"
+        assert kernel.run(f"same(found[-1], {str(path)!r})")
+
+
 SHAPES = {
     "sdxl": [
         (320, 320, 3, 3),

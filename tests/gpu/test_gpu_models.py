@@ -85,7 +85,10 @@ def unlike(component, folder):
 
 @pytest.fixture(scope="session", autouse=True)
 def gpu():
+    """A GPU, and the libraries: one that they import where it is installed (onnxruntime) opens files for good."""
     require_gpu()
+    diffusers = pytest.importorskip("diffusers")
+    _ = diffusers.FluxPipeline, diffusers.StableDiffusionPipeline, diffusers.OnnxRuntimeModel
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 
+from nbcache.client.session import stop_daemon
 from nbcache.memory.driver import CudaDriver
 from tests.support.gpu import require_gpu
 from tests.support.kernels import Kernel
@@ -38,6 +39,7 @@ def environment(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
     with zygote_environment(tmp_path, NBCACHE_PRELOAD="cupy,accelerate,transformers,peft,diffusers"):
         yield
+        stop_daemon()
 
 
 @pytest.fixture
