@@ -36,6 +36,9 @@ class Failure(msgspec.Struct, frozen=True):
 
 def measure_swaps(directory: str, sizes: tuple[int, ...], shape: Shape, runs: int, swaps: int, uuid: str, tell: Tell) -> None:
     """In a fresh process: the pipeline, the files, and everything that is measured of them."""
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()  # it tells of each stock load that the LoRA has nothing for a text encoder
     kernel.start_context()
     pipe = flux_pipeline(shape)
     tell("the pipeline is on the GPU")

@@ -26,12 +26,19 @@ LAYERS: tuple[type[nn.Module], ...] = (
 def layers_without_memory() -> Iterator[None]:
     """Have the common layers make their parameters on the meta device, rather than in memory that is given up at once.
 
-    Unless they are told a device. What has no memory is not given values either. For as long as this lasts in the whole
-    process, as the libraries' own patches of modules do.
+    Unless they are told a device. For as long as this lasts in the whole process, as the libraries' own patches of modules do.
     """
     with contextlib.ExitStack() as stack:
         for layer in LAYERS:
             stack.enter_context(_made_on_meta(layer))
+        stack.enter_context(no_values_on_meta())
+        yield
+
+
+@contextlib.contextmanager
+def no_values_on_meta() -> Iterator[None]:
+    """Have the common layers not initialise what has no memory, which takes as long as if it had."""
+    with contextlib.ExitStack() as stack:
         for kind in {next(k for k in layer.__mro__ if "reset_parameters" in k.__dict__) for layer in LAYERS}:
             stack.enter_context(_without_values(kind))
         yield

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from nbcache.client.notices import LoraIncomplete, LoraReinjected, notify
+from nbcache.client.tensors import uncollected
 from nbcache.errors import AdapterNotFound, InvalidOption, LoraError
 from nbcache.models import lora_inject
 from nbcache.models.lora_cache import Lora, find_lora
@@ -81,6 +82,7 @@ def rack_of(host: Host) -> Rack:
 
 
 @torch.no_grad()
+@uncollected()
 def load_lora(pipe: object, name: str | os.PathLike[str], scale: float = 1.0, adapter: str = ADAPTER) -> LoadedLora:
     """Put a LoRA into a pipeline, in the place of the one that the adapter had.
 

@@ -21,9 +21,11 @@ import torch
 from torch import nn
 
 from nbcache.errors import LoraError, LoraFused, LoraMismatch
+from nbcache.models import lean
 from nbcache.models.lora_cache import Lora
 from nbcache.models.lora_convert import A, B
 from nbcache.models.lora_host import Host
+from nbcache.models.packages import building
 
 V = TypeVar("V", int, float)
 
@@ -94,7 +96,7 @@ def inject(host: Host, adapter: str, tensors: Mapping[str, torch.Tensor]) -> Non
     """
     state = dict(tensors)
     try:
-        with _quiet():
+        with _quiet(), building, lean.no_values_on_meta():
             if host.family.loader is not None:
                 host.pipe.load_lora_weights(state, adapter_name=adapter)
             else:

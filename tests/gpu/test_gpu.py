@@ -111,7 +111,9 @@ def test_every_size_equals_a_stock_load_and_is_aligned(kernel, path, share):
 def test_threads_that_never_used_the_gpu_fill_and_attach(kernel, path, share):
     kernel.run("import threading\nwarnings.simplefilter('error')\nfound = []")
     for number in (1, 2):
-        kernel.run(f"thread = threading.Thread(target=lambda: found.append({load(path, share)}))\nthread.start(); thread.join()")
+        kernel.run(
+            f"thread = threading.Thread(target=lambda: found.append({load(path, share)})); thread.start(); thread.join()"
+        )
         assert kernel.run("len(found)") == number, "see the thread's traceback"
         assert kernel.run(f"same(found[-1], {str(path)!r})")
 
