@@ -33,7 +33,7 @@ from nbcache.protocol import messages as m
 AHEAD = 2
 """Blocks asked for before they are needed: one is mapped while another is copied."""
 TURN_S = 1e-4
-"""How long one of two threads may keep the interpreter from the other while a slab is filled. Python's default is 5 ms."""
+"""How long one of two threads may keep the interpreter from the other while both work for a load. Python's default is 5 ms."""
 LINGER_S = 0.25
 """When host blocks are unmapped, after a load: that takes locks of the driver's which what follows a load wants as well."""
 
@@ -176,8 +176,13 @@ class Device:
         if share != "readonly":
             yield None
             return
-        with ThreadPoolExecutor(1, "nbcache-views") as beside, _turns():
-            yield beside.submit(self._make, slab, layout, share)
+
+        def make() -> _Made:
+            with _turns():
+                return self._make(slab, layout, share)
+
+        with ThreadPoolExecutor(1, "nbcache-views") as beside:
+            yield beside.submit(make)
 
     def _blocks(
         self,

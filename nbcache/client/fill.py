@@ -10,6 +10,7 @@ import mmap
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from nbcache.checkpoints import names as catalogue
 from nbcache.checkpoints.catalog import Checkpoint, describe, is_unchanged, resolve
@@ -29,6 +30,9 @@ from nbcache.manifest import MAX_MANIFEST_BYTES, Manifest, decode_manifest, enco
 from nbcache.memory.shared import SharedBlock, read_sealed, seal_bytes
 from nbcache.protocol import messages as m
 from nbcache.protocol.wire import close_all
+
+REMEMBERED_BYTES = 1 << 20
+"""Manifests that are not longer are remembered, a few of them."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,14 @@ def _ask(find: m.Find, start: bool, on_progress: ProgressCallback | None) -> Gra
     raise AssertionError("unreachable")
 
 
+def _decoded(payload: bytes) -> Manifest:
+    """The manifest. What is loaded again and again, as LoRAs are, is described by the same bytes, and decoded once."""
+    return _decode_again(payload) if len(payload) <= REMEMBERED_BYTES else decode_manifest(payload)
+
+
+_decode_again = lru_cache(8)(decode_manifest)
+
+
 def read_answer(
     session: Session, answer: tuple[m.DaemonMessage, list[int]], known: Manifest | None = None
 ) -> Grant | Offer | None:
@@ -193,7 +205,7 @@ def read_answer(
     try:
         if not isinstance(message, m.Granted | m.Vacant):
             raise ProtocolError(f"the daemon answered {type(message).__name__}, expected Granted or Vacant")
-        manifest = known or decode_manifest(read_sealed(descriptors[0], MAX_MANIFEST_BYTES))
+        manifest = known or _decoded(read_sealed(descriptors[0], MAX_MANIFEST_BYTES))
     except BaseException:
         close_all(descriptors)
         raise

@@ -24,6 +24,7 @@ from nbcache.client.session import Session
 from nbcache.memory.driver import _CudaMap
 from tests.support.emulated import EmulatedMap
 
+SETTLE_S = 1.5
 TOGETHER_MS = 0.05
 """Steps shorter than this are added up by name."""
 
@@ -104,6 +105,7 @@ def measure(path: str, share: str, runs: int, resident: bool) -> list[str]:
         weights.release()
         del weights
         gc.collect()
+        time.sleep(SETTLE_S)  # host blocks are unmapped in the background
         if not resident:
             api.free_gpu(path)
     return steps.lines()
