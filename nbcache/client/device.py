@@ -100,7 +100,7 @@ class Device:
 
     def _make(self, slab: SlabMap, layout: Manifest, share: Share) -> _Made:
         """The tensors of a mapped slab. What they copy is queued after what is queued already; waits for nothing."""
-        with self._views.current(), edge.uncollected():
+        with edge.uncollected():
             if share == "cow":
                 return _Made(*self._views.cow(slab, layout), slab)
             if share == "readonly":
@@ -178,7 +178,7 @@ class Device:
             return
 
         def make() -> _Made:
-            with _turns():
+            with self._views.current(), _turns():
                 return self._make(slab, layout, share)
 
         with ThreadPoolExecutor(1, "nbcache-views") as beside:

@@ -2,7 +2,8 @@
 
 Everything that a kernel inherits from who starts it comes with the request: arguments, directory, environment, standard
 streams and other descriptors, umask, limits, niceness, ignored signals. What an interpreter sets up from that at its start is
-set up again. What stays different is in README.md: the parent process, the session, the hash seed, the layout of addresses.
+set up again. What stays different is in ``nbcache help restarts``: the parent process, the session, the hash seed, the layout
+of addresses.
 """
 
 from __future__ import annotations

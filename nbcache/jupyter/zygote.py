@@ -119,7 +119,7 @@ class Upbringing:
             done = subprocess.run(
                 command, env=self._environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=CULPRIT_S, check=False
             )
-            return done.stdout.decode(errors="replace").rpartition(ATTEMPT)[2].strip() if done.returncode == BROKEN else ""
+            return done.stdout.decode(errors="replace").splitlines()[-1] if done.returncode == BROKEN else ""
         return ""
 
     def _prove(self, name: str) -> None:
@@ -208,7 +208,7 @@ def main() -> None:
     if sys.argv[2:3] == [ATTEMPT]:
         prepare_environment()
         reason = attempt(sys.argv[3], recall().broken)
-        print(ATTEMPT, reason, flush=True)  # noqa: T201 - for the process that asked
+        print(reason, flush=True)  # noqa: T201 - for the process that asked
         os._exit(BROKEN if reason else 0)  # threads may be there
     upbringing = Upbringing(sys.argv[2:])
     if sys.argv[1:2] != [upbringing.place.key]:
