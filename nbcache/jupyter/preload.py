@@ -1,14 +1,16 @@
 """In a zygote: imports what kernels need, and nothing that is not installed.
 
 The GPU driver must stay untouched: a process that initialised it cannot give a working GPU to its children. Importing diffusers
-asks ``torch.cuda.is_available()``, which initialises it unless ``PYTORCH_NVML_BASED_CUDA_CHECK`` is set. Nor may threads be
-started: a package that does is deferred (:mod:`nbcache.jupyter.deferred`), so that what imports it need not be left out.
-Whether the whole can still be forked is for :mod:`nbcache.jupyter.proof` to show.
+asks ``torch.cuda.is_available()``, which initialises it unless ``PYTORCH_NVML_BASED_CUDA_CHECK`` is set: NVML is asked then, as
+a child may go on doing. Nor may threads be started, but those that nobody misses: a package that does is deferred
+(:mod:`nbcache.jupyter.deferred`), so that what imports it need not be left out. Whether the whole can still be forked is for
+:mod:`nbcache.jupyter.proof` to show.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import os
@@ -17,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Self
 
 from nbcache.jupyter.experience import SLOW_S, Experience, by_package
@@ -37,6 +40,8 @@ INLINE_BACKEND = "module://matplotlib_inline.backend_inline"
 
 MATHEMATICAL = ("torch", "scipy.linalg")
 """Modules that bring math libraries with them."""
+HARMLESS_THREADS = frozenset({"jemalloc_bg_thd"})
+"""Threads by the name that the kernel shows, of libraries that do without them after a fork: jemalloc, which pyarrow brings."""
 MAX_BROKEN_MODULES = 2
 """Of a package; with one more, the package is deferred as a whole."""
 
@@ -151,7 +156,8 @@ class _Watch:
         return self._guard.refused
 
     def begin(self) -> None:
-        """Take what is there now as harmless."""
+        """Take what is there now as harmless, and NVML's thread, which whoever asks for GPUs would start."""
+        _start_nvml()
         self._libraries = mapped_math_libraries()
         self._threads = _thread_count()
 
@@ -205,7 +211,18 @@ class _Watch:
 
 
 def _thread_count() -> int:
-    return len(os.listdir("/proc/self/task"))
+    """How many threads there are that a fork would miss."""
+    count = 0
+    for number in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):
+            count += Path(f"/proc/self/task/{number}/comm").read_text().rstrip("\n") not in HARMLESS_THREADS
+    return count
+
+
+def _start_nvml() -> None:
+    """Start NVML, where there is one."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libnvidia-ml.so.1").nvmlInit_v2()
 
 
 def wanted(chosen: Sequence[str] | None, known: Experience) -> list[str]:

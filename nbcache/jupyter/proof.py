@@ -7,6 +7,7 @@ both, before any kernel is forked. The only module of this part that uses torch,
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import select
@@ -18,6 +19,8 @@ from typing import Any, NoReturn
 from nbcache.jupyter.preload import NVML_CHECK
 
 PROBE_TIMEOUT_S = 60.0
+NOT_AFTER_A_FORK = 3
+"""``CUDA_ERROR_NOT_INITIALIZED``: how the driver's initialisation fails in a child of a process that did it."""
 
 
 def fork() -> int:
@@ -66,7 +69,7 @@ def _compute() -> str:
     square = torch.ones(256, 256)
     if float((square @ square)[0, 0]) != 256.0:
         return "a product is wrong in a forked child"
-    if torch.cuda._is_in_bad_fork() and torch.cuda.device_count():
+    if (torch.cuda._is_in_bad_fork() and torch.cuda.device_count()) or _driver_status() == NOT_AFTER_A_FORK:
         return "the GPU was initialised before the fork"
     if not torch.cuda.is_available():
         return "well"
@@ -75,6 +78,14 @@ def _compute() -> str:
     except RuntimeError as error:
         return str(error) if "fork" in str(error) else "well"  # a GPU that is full or forbidden is so for any kernel
     return "well" if good else "a sum on the GPU is wrong in a forked child"
+
+
+def _driver_status() -> int:
+    """What comes of initialising the GPU driver; 0 where there is none."""
+    try:
+        return int(ctypes.CDLL("libcuda.so.1").cuInit(0))
+    except (OSError, AttributeError):
+        return 0
 
 
 def reseed() -> None:

@@ -102,6 +102,24 @@ def test_what_stands_on_a_package_that_starts_threads_is_imported_ahead_all_the_
         assert kernel.run("import uses; uses.value, threading.active_count() - before") == "(42, 1)"
 
 
+def test_a_thread_that_nobody_misses_after_a_fork_is_none(environment, own_specs):
+    """Made as pyarrow's allocator makes its own: not by Python's threading, and with this name."""
+    thread = "open('/proc/thread-self/comm', 'w').write('jemalloc_bg_thd'); started.release(); time.sleep(99)"
+    installed(
+        environment,
+        "allocates",
+        f"{SLEEP}import _thread\nstarted = _thread.allocate_lock()\nstarted.acquire()\n"
+        f"def work():\n    {thread}\n_thread.start_new_thread(work, ())\nstarted.acquire()\n",
+    )
+    with Kernel("nbcache", own_specs) as kernel:
+        zygote()
+        kernel.run("import allocates")
+        eventually(lambda: any("allocates" in each.preloaded for each in examine().zygotes), 100)
+        assert not recall().broken
+        kernel.restart()
+        assert is_forked(kernel)
+
+
 def test_an_empty_list_learns_nothing(environment, own_specs, monkeypatch):
     monkeypatch.setenv("NBCACHE_PRELOAD", "")
     installed(environment, "slow_one", SLEEP)
