@@ -120,69 +120,75 @@ class Device:
     def _fill(self, offer: Offer, layout: Manifest, share: Share, on_progress: ProgressCallback | None) -> Loaded:
         """Fill the slab that was offered, and commit it. If another client was quicker, hold what it filled.
 
-        The tensors are made while the last copies are still under way. If the commit is refused, nobody gets them.
+        A thread beside maps the slab to be read, and makes tensors that are mere views, while the copies are under way. If the
+        commit is refused, nobody gets them.
         """
         session = offer.session
-        while True:
-            message, descriptors = session.request(m.Fill(layout.extent_bytes), on_progress=on_progress)
-            if isinstance(message, m.Filling):
-                break
-            found = read_answer(session, (message, descriptors))
-            if isinstance(found, Grant):
-                return self._attach(found, layout, share)
-            if found is None:
-                raise EntryNotFound(f"{offer.key}: evicted while its slab was to be filled; load it again")
-        (fd,) = descriptors
-        mapped: list[Mapped] = []
-        slab: SlabMap | None = None
-        try:
-            mapped.append(self._driver.map_slab(fd, layout.extent_bytes, self._gpu, Access.WRITE))
-            slab = self._map(fd, session, layout)
-            with self._making(slab, layout, share) as making:
-                blocks = self._blocks(session, offer.manifest.extent_bytes, message.block_bytes, mapped, on_progress)
+        with ThreadPoolExecutor(1, "nbcache-views") as beside:
+            beside.submit(self._begin)  # by the time that the daemon has made the slab, the thread has a context
+            while True:
+                message, descriptors = session.request(m.Fill(layout.extent_bytes), on_progress=on_progress)
+                if isinstance(message, m.Filling):
+                    break
+                found = read_answer(session, (message, descriptors))
+                if isinstance(found, Grant):
+                    return self._attach(found, layout, share)
+                if found is None:
+                    raise EntryNotFound(f"{offer.key}: evicted while its slab was to be filled; load it again")
+            (fd,) = descriptors
+            target: Mapped | None = None
+            hosts: list[Mapped] = []
+            reading: Future[tuple[SlabMap, _Made | None]] | None = None
+            try:
+                extent_bytes, block_bytes = offer.manifest.extent_bytes, message.block_bytes
+                blocks = self._blocks(session, extent_bytes, block_bytes, hosts, on_progress)
+                target = self._driver.map_slab(fd, layout.extent_bytes, self._gpu, Access.WRITE)
+                reading = beside.submit(self._read, fd, session, layout, share)
                 if layout is offer.manifest:
-                    self._copy(mapped[0].address, blocks)
+                    self._copy(target.address, blocks)
                 else:
-                    self._cast(offer.manifest, layout, mapped[0], blocks, message.block_bytes)
-            made = making.result() if making else self._make(slab, layout, share)
-        except BaseException:
-            if slab:
+                    self._cast(offer.manifest, layout, target, blocks, block_bytes)
+                slab, made = reading.result()
+                made = made or self._make(slab, layout, share)
+            except BaseException:
+                if reading and not reading.exception():
+                    reading.result()[0].end()
+                raise
+            finally:
+                os.close(fd)
+                self._views.synchronize()  # nothing may be unmapped under a queued copy, nor committed
+                if target:
+                    target.close()  # who commits maps the slab writable no longer
+                beside.submit(_unmap_later, hosts)
+            try:
+                grant = committed(session, offer.manifest, on_progress)
+            except BaseException:
+                del made
                 slab.end()
-            raise
-        finally:
-            os.close(fd)
-            self._views.synchronize()  # nothing may be unmapped under a queued copy, nor committed
-            if mapped:
-                mapped[0].close()  # the slab: who commits maps it writable no longer
-            _unmap_later(mapped[1:])
-        try:
-            grant = committed(session, offer.manifest, on_progress)
-        except BaseException:
-            del made
-            slab.end()
-            raise
-        os.close(grant.take_fd())
-        return self._loaded(grant, made, layout, share)
+                raise
+            os.close(grant.take_fd())
+            return self._loaded(grant, made, layout, share)
+
+    def _begin(self) -> None:
+        """Give a thread its context."""
+        with self._views.current():
+            pass
+
+    def _read(self, fd: int, session: Session, layout: Manifest, share: Share) -> tuple[SlabMap, _Made | None]:
+        """Map a slab that is being filled; its tensors too, where they are views and copy nothing."""
+        with self._views.current(), _turns():
+            slab = self._map(fd, session, layout)
+            try:
+                return slab, self._make(slab, layout, share) if share == "readonly" else None
+            except BaseException:
+                slab.end()
+                raise
 
     def _copy(self, target: int, blocks: Iterator[Mapped]) -> None:
         """One straight copy a block."""
         for block in blocks:
             self._queue(target, block.address, block.size_bytes)
             target += block.size_bytes
-
-    @contextlib.contextmanager
-    def _making(self, slab: SlabMap, layout: Manifest, share: Share) -> Iterator[Future[_Made] | None]:
-        """Have the tensors made by another thread meanwhile, where they are mere views and copy nothing. None if they do."""
-        if share != "readonly":
-            yield None
-            return
-
-        def make() -> _Made:
-            with self._views.current(), _turns():
-                return self._make(slab, layout, share)
-
-        with ThreadPoolExecutor(1, "nbcache-views") as beside:
-            yield beside.submit(make)
 
     def _blocks(
         self,
@@ -192,21 +198,28 @@ class Device:
         mapped: list[Mapped],
         on_progress: ProgressCallback | None,
     ) -> Iterator[Mapped]:
-        """The host copy's blocks as they become staged, each mapped for the GPU, and added to ``mapped``, while others copy."""
+        """The host copy's blocks as they become staged, each mapped for the GPU, and added to ``mapped``, while others copy.
+
+        The first are asked for at once, not when the first is looked at.
+        """
         count = -(-extent_bytes // block_bytes)
         for number in range(min(AHEAD, count)):
             session.send(m.Want(number))
-        for number in range(count):
-            block, (fd,) = expect(session.receive(on_progress), m.Block)
-            try:
-                if block.size_bytes != min(block_bytes, extent_bytes - number * block_bytes):
-                    raise ProtocolError(f"block {number} has {block.size_bytes} bytes")
-                if number + AHEAD < count:
-                    session.send(m.Want(number + AHEAD))
-                mapped.append(self._driver.map_block_on(fd, block.size_bytes, self._gpu))
-            finally:
-                os.close(fd)
-            yield mapped[-1]
+
+        def map_each() -> Iterator[Mapped]:
+            for number in range(count):
+                block, (fd,) = expect(session.receive(on_progress), m.Block)
+                try:
+                    if block.size_bytes != min(block_bytes, extent_bytes - number * block_bytes):
+                        raise ProtocolError(f"block {number} has {block.size_bytes} bytes")
+                    if number + AHEAD < count:
+                        session.send(m.Want(number + AHEAD))
+                    mapped.append(self._driver.map_block_on(fd, block.size_bytes, self._gpu))
+                finally:
+                    os.close(fd)
+                yield mapped[-1]
+
+        return map_each()
 
     def _cast(self, source: Manifest, target: Manifest, slab: Mapped, blocks: Iterator[Mapped], block_bytes: int) -> None:
         """Bring each tensor's bytes to scratch memory, in the order of their places, and cast it into its own."""

@@ -8,7 +8,6 @@ not think of when it may be unmapped. Needs torch.
 from __future__ import annotations
 
 import contextlib
-import operator
 import os
 import weakref
 from collections.abc import Callable
@@ -20,11 +19,14 @@ import torch
 
 from nbcache.client import tensors as edge
 from nbcache.client.session import Session
+from nbcache.layout import ALIGNMENT, MIB, SMALL_LIMIT
 from nbcache.manifest import Manifest, each_view, row_strides, stored_shape
 from nbcache.memory.driver import Mapped
 
 Queue = Callable[[int, int, int], None]
 """Queues a copy of so many bytes, from the second address to the first."""
+RUN_BYTES = 256 * MIB
+"""Tensors of about so many bytes are queued as one copy, so that the device need not wait for the last of them."""
 
 
 class SlabMap:
@@ -122,21 +124,52 @@ def private_tensors(slab: SlabMap, manifest: Manifest, device: torch.device, que
 
     That memory is asked for at once, where torch has none at hand: the driver takes as long for 24 GB as for a tensor of 20 MB,
     and a model has hundreds. If it is not there at once, it is asked for tensor by tensor. The large tensors come first: while
-    they are copied, the small ones are queued.
+    they are copied, the small ones are made. In the slab's order, for torch then places them side by side as the slab does.
     """
-    if device.type == "cuda":
+    is_cuda = device.type == "cuda"
+    if is_cuda:
         need = sum(extent.nbytes for extent in manifest.tensors)
         if torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) < need // 8:
             with contextlib.suppress(torch.OutOfMemoryError):
                 torch.empty(need, dtype=torch.uint8, device=device)  # freed again, into torch's cache
     dtypes = edge.dtypes_of(manifest)
+    runs = _Runs(queue, ALIGNMENT if is_cuda else 1)
     found = {}
-    for extent in sorted(manifest.tensors, key=operator.attrgetter("nbytes"), reverse=True):
+    for extent in sorted(manifest.tensors, key=lambda extent: (extent.nbytes <= SMALL_LIMIT, extent.place)):
         shape = stored_shape(extent.dtype, extent.shape)
         found[extent.name] = tensor = torch.empty(shape, dtype=dtypes[extent.dtype], device=device)
         if extent.nbytes:
-            queue(tensor.data_ptr(), slab.address + extent.place, extent.nbytes)
+            runs.add(tensor.data_ptr(), slab.address + extent.place, extent.nbytes)
+    runs.end()
     return {extent.name: found[extent.name] for extent in manifest.tensors}  # in file order again
+
+
+class _Runs:
+    """Copies, of which those that lie side by side in both places become one.
+
+    ``rounding`` is what a tensor's memory is rounded up to: those bytes may be written.
+    """
+
+    def __init__(self, queue: Queue, rounding: int) -> None:
+        self._queue = queue
+        self._rounding = rounding
+        self._target = self._source = self._size = 0
+
+    def add(self, target: int, source: int, size: int) -> None:
+        """Copy this too, by and by."""
+        offset = target - self._target
+        is_next = offset == -(-self._size // self._rounding) * self._rounding and offset == source - self._source
+        if is_next and offset < RUN_BYTES:
+            self._size = offset + size
+        else:
+            self.end()
+            self._target, self._source, self._size = target, source, size
+
+    def end(self) -> None:
+        """Queue what is yet to be queued."""
+        if self._size:
+            self._queue(self._target, self._source, self._size)
+            self._size = 0
 
 
 class _CudaArray:

@@ -1,0 +1,54 @@
+"""Copies side by side are queued as one, and write nothing that is somebody else's."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nbcache.client import slabs
+from nbcache.client.slabs import _Runs
+
+ROUNDING = 8
+PLACES = st.lists(st.tuples(st.integers(1, 20), st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=30)
+"""Sizes, and how many units of memory lie before each in the target and in the source."""
+
+
+def _units(size: int) -> int:
+    return -(-size // ROUNDING)
+
+
+@given(PLACES, st.sampled_from([1, ROUNDING]))
+def test_all_is_copied_and_nothing_else_is_written(places: list[tuple[int, int, int]], rounding: int) -> None:
+    targets, sources, target, source = [], [], 0, 0
+    for size, before, gap in places:
+        target, source = target + before * ROUNDING, source + gap * ROUNDING
+        targets.append(target)
+        sources.append(source)
+        target, source = target + _units(size) * ROUNDING, source + _units(size) * ROUNDING
+    memory = bytes(number % 251 + 1 for number in range(source + ROUNDING))
+    written = bytearray(target + ROUNDING)
+
+    def copy(to: int, start: int, size: int) -> None:
+        written[to : to + size] = memory[start : start + size]
+
+    runs = _Runs(copy, rounding)
+    for (size, *_), to, start in zip(places, targets, sources, strict=True):
+        runs.add(to, start, size)
+    runs.end()
+    own = set()
+    for (size, *_), to, start in zip(places, targets, sources, strict=True):
+        assert written[to : to + size] == memory[start : start + size]
+        own.update(range(to, to + -(-size // rounding) * rounding))
+    assert not any(written[at] for at in range(len(written)) if at not in own)
+
+
+def test_what_lies_side_by_side_is_one_copy_up_to_a_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slabs, "RUN_BYTES", 64)
+    queued: list[tuple[int, int, int]] = []
+    runs = _Runs(lambda *copy: queued.append(copy), ROUNDING)
+    for number in range(10):
+        runs.add(1000 + number * 16, 5000 + number * 16, 13)
+    runs.add(4000, 9000, 5)
+    runs.end()
+    assert queued == [(1000, 5000, 61), (1064, 5064, 61), (1128, 5128, 29), (4000, 9000, 5)]
