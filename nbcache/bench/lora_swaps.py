@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from nbcache.models.lora import LoadedLora
 
 WAIT_S = 5.0
+SETTLE_S = 0.5
+"""How long a rest is before a swap that is measured: what came before leaves host blocks that are unmapped a little later."""
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -174,6 +176,7 @@ class _Bench:
             if time.monotonic() > limit:
                 raise BenchmarkFailed("a slab that nobody uses stays on the GPU")
             nbcache.free_gpu()
+        time.sleep(SETTLE_S)
 
     def _output(self) -> torch.Tensor:
         import torch
