@@ -57,6 +57,8 @@ class _Adapter:
     source: str
     scale: float
     replaces: bool
+    noted: tuple[Mapping[str, int], Recipe] | None = None
+    """What peft's configuration says of it."""
 
 
 @dataclass
@@ -122,8 +124,10 @@ def load_lora(pipe: object, name: str | os.PathLike[str], scale: float = 1.0, ad
         held.source, held.scale = lora.source, scale
     else:
         _inject(host, rack, adapter, lora, scale)
-    if not any(part.padded for part in rack.adapters[adapter].plan.parts):  # padded: the configuration has the target rank
-        lora_inject.note_config(host, adapter, lora)
+    held = rack.adapters[adapter]
+    if held.noted != (lora.ranks, lora.recipe) and not any(part.padded for part in held.plan.parts):
+        lora_inject.note_config(host, adapter, lora)  # of padded ones the configuration has the target rank
+        held.noted = lora.ranks, lora.recipe
     return LoadedLora(
         lora.source, adapter, scale, len(lora.ranks), max(lora.ranks.values()), lora.nbytes,
         "swapped" if swaps else "injected", lora.how, time.perf_counter() - start,

@@ -11,6 +11,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import msgspec
@@ -109,10 +110,16 @@ def _convert(path: str, file: Member, config: Member | None, family: Family) -> 
 
 def _lora(derived: Derived, loaded: Loaded, converted: bool) -> Lora:
     tensors = loaded.tensors
-    recipe = msgspec.json.decode(loaded.manifest.metadata[METADATA_KEY], type=Recipe)
+    recipe = _recipe(loaded.manifest.metadata[METADATA_KEY])
     ranks = {module: tensors[module + A].shape[0] for module in recipe.alphas}
-    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    nbytes = sum(extent.nbytes for extent in loaded.manifest.tensors)
     return Lora(derived.path, derived.name, tensors, recipe, ranks, nbytes, "converted" if converted else "cached")
+
+
+@lru_cache(16)
+def _recipe(text: str) -> Recipe:
+    """A recipe as it is kept. LoRAs that are swapped again and again are described by the same text."""
+    return msgspec.json.decode(text, type=Recipe)
 
 
 class HotLoras:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
 
 import torch
 from torch import nn
@@ -25,6 +27,10 @@ READINGS_KEPT = 64
 """LoRAs that a plan remembers the fitting of."""
 
 
+Setting = tuple[float, int, bool]
+"""A module's alpha, its rank, and whether its scale goes by the rank's root."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """A LoRA as one part sees it: what each slot is to be, and each module's alpha, rank and whether it is rooted."""
@@ -32,9 +38,14 @@ class Reading:
     shapes: list[tuple[int, ...]]
     exact: list[bool]
     """Whether the LoRA's tensor has just that shape: it has one, and of the model's sizes."""
-    settings: list[tuple[float, int, bool]]
+    settings: list[Setting]
     narrow: bool
     """Whether a tensor has fewer inputs than the model's module: only a control LoRA's, for which inputs are widened."""
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether the LoRA has a tensor for every slot, each of just its shape."""
+        return all(self.exact)
 
     @property
     def rank(self) -> int:
@@ -60,11 +71,26 @@ class Part:
         self.slots = [slot for target in targets for slot in target.slots()]
         self._adapter = adapter
         self._blocks = blocks
+        self._places = [target.place() for target in targets]
+        self._scalings = [target.settings[0] for target in targets]
+        self._settled: list[Setting] = []
+        self._scaled: tuple[float, list[float]] = 0.0, []
 
     @property
     def fixed(self) -> bool:
         """Whether its parameters must stay the tensors that they are."""
         return self.padded or self.compiled or any([block._compiled_call_impl is not None for block in self._blocks])
+
+    @property
+    def stands(self) -> bool:
+        """Whether every module still has the adapter where it was."""
+        name = self._adapter
+        return all(
+            [
+                siblings.get(place) is layer and all_a.get(name) is a and all_b.get(name) is b
+                for siblings, place, layer, all_a, a, all_b, b in self._places
+            ]
+        )
 
     def present(self) -> list[torch.Tensor]:
         """The parameters, slot by slot."""
@@ -106,12 +132,16 @@ class Part:
         present, fixed = self.present(), self.fixed
         if not (fixed or lora.shared or present[0].device.type != "cpu"):
             _bind(reading, sources, present)
+        elif not self.padded and reading.is_whole and [tensor.shape for tensor in present] == reading.shapes:
+            torch._foreach_copy_(present, cast("list[torch.Tensor]", sources))
         elif self.padded or not _are_others(reading, present):
             _copy(sources, present)
         else:
             self._cut_anew(reading, sources, present)
-        for target, (alpha, rank, rooted) in zip(self.targets, reading.settings, strict=True):
-            target.settle(self._adapter, alpha, rank, rooted, sizes=not self.padded)
+        if reading.settings != self._settled:
+            for target, (alpha, rank, rooted) in zip(self.targets, reading.settings, strict=True):
+                target.settle(self._adapter, alpha, rank, rooted, sizes=not self.padded)
+            self._settled, self._scaled = reading.settings, (0.0, [])
 
     def _cut_anew(self, reading: Reading, sources: Sequence[torch.Tensor | None], present: Sequence[torch.Tensor]) -> None:
         """Into the arena, and the parameters bound to it."""
@@ -125,18 +155,19 @@ class Part:
 
     def scale(self, scale: float) -> None:
         """See :meth:`Plan.scale`."""
-        adapter, values = self._adapter, []
-        for target in self.targets:
-            _, alphas, ranks, roots = target.settings
-            rank = ranks[adapter]
-            values.append(scale * alphas[adapter] / (math.sqrt(rank) if roots.get(adapter) else rank))
+        if not self._scaled[1] or scale != self._scaled[0]:
+            self._scaled = (
+                scale,
+                [scale * alpha / (math.sqrt(rank) if rooted else rank) for alpha, rank, rooted in self._settled],
+            )
+        adapter, values = self._adapter, self._scaled[1]
         if self.padded:
-            held = [target.settings[0][adapter] for target in self.targets]
+            held = [scaling[adapter] for scaling in self._scalings]
             new = torch.tensor(values, dtype=held[0].dtype, device=held[0].device)
             torch._foreach_copy_(held, list(new.unbind()))
             return
-        for target, value in zip(self.targets, values, strict=True):
-            target.settings[0][adapter] = value
+        for scaling, value in zip(self._scalings, values, strict=True):
+            scaling[adapter] = value
 
 
 class Plan:
@@ -153,6 +184,7 @@ class Plan:
         self.parts = parts
         self.least = {slot.name: slot.least for part in parts for slot in part.slots}
         """The least shape that each parameter may have, by the name of the LoRA's tensor."""
+        self._layers = [target.layer for target in self.targets]
         self._readings: dict[str, list[Reading] | None] = {}
 
     @property
@@ -163,10 +195,12 @@ class Plan:
     @property
     def stands(self) -> bool:
         """Whether every module still has the adapter where it was."""
-        return all([target.stands(self.adapter) for part in self.parts for target in part.targets])
+        return all([part.stands for part in self.parts])
 
     def check_unfused(self) -> None:
         """LoraFused if the adapter is in the base weights."""
+        if not any([self.adapter in layer.merged_adapters for layer in self._layers]):
+            return
         for target in self.targets:
             if self.adapter in target.layer.merged_adapters:
                 raise LoraFused(

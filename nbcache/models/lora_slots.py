@@ -21,6 +21,9 @@ from nbcache.models.lora_convert import BIAS, A, B
 Spec = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a tensor."""
 
+Place = tuple[dict[str, Any], str, object, dict[str, Any], object, dict[str, Any], object]
+"""A dict, the key in it, and what it has; then the dicts of A and of B by adapter, each with what it has."""
+
 LAYOUTS_KEPT = 8
 """Layouts of an arena whose views are kept, so that swaps among a few LoRAs make no new ones."""
 
@@ -95,11 +98,11 @@ class Target:
         self._home = parent._modules, place
         self._matrices = layer.lora_A._modules, layer.lora_B._modules
 
-    def stands(self, adapter: str) -> bool:
-        """Whether the layer is still the model's, and the matrices the layer's."""
+    def place(self) -> Place:
+        """Where the layer and its matrices are to be found, each with what is there."""
         siblings, place = self._home
         all_a, all_b = self._matrices
-        return siblings.get(place) is self.layer and all_a.get(adapter) is self.a and all_b.get(adapter) is self.b
+        return siblings, place, self.layer, all_a, self.a, all_b, self.b
 
     def settle(self, adapter: str, alpha: float, rank: int, rooted: bool, sizes: bool) -> None:
         """Note the adapter's alpha and rank where peft looks for them; with ``sizes``, the matrices' own too."""
