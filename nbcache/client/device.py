@@ -58,6 +58,7 @@ class Device:
         self._name = torch.device("cuda", gpu.ordinal)
         self._device = device
         self._views = views
+        self._thread: tuple[int, ThreadPoolExecutor | None] = 0, None
 
     def load(
         self,
@@ -124,50 +125,58 @@ class Device:
         commit is refused, nobody gets them.
         """
         session = offer.session
-        with ThreadPoolExecutor(1, "nbcache-views") as beside:
-            beside.submit(self._begin)  # by the time that the daemon has made the slab, the thread has a context
-            while True:
-                message, descriptors = session.request(m.Fill(layout.extent_bytes), on_progress=on_progress)
-                if isinstance(message, m.Filling):
-                    break
-                found = read_answer(session, (message, descriptors))
-                if isinstance(found, Grant):
-                    return self._attach(found, layout, share)
-                if found is None:
-                    raise EntryNotFound(f"{offer.key}: evicted while its slab was to be filled; load it again")
-            (fd,) = descriptors
-            target: Mapped | None = None
-            hosts: list[Mapped] = []
-            reading: Future[tuple[SlabMap, _Made | None]] | None = None
-            try:
-                extent_bytes, block_bytes = offer.manifest.extent_bytes, message.block_bytes
-                blocks = self._blocks(session, extent_bytes, block_bytes, hosts, on_progress)
-                target = self._driver.map_slab(fd, layout.extent_bytes, self._gpu, Access.WRITE)
-                reading = beside.submit(self._read, fd, session, layout, share)
-                if layout is offer.manifest:
-                    self._copy(target.address, blocks)
-                else:
-                    self._cast(offer.manifest, layout, target, blocks, block_bytes)
-                slab, made = reading.result()
-                made = made or self._make(slab, layout, share)
-            except BaseException:
-                if reading and not reading.exception():
-                    reading.result()[0].end()
-                raise
-            finally:
-                os.close(fd)
-                self._views.synchronize()  # nothing may be unmapped under a queued copy, nor committed
-                if target:
-                    target.close()  # who commits maps the slab writable no longer
-                beside.submit(_unmap_later, hosts)
-            try:
-                grant = committed(session, offer.manifest, on_progress)
-            except BaseException:
-                del made
-                slab.end()
-                raise
-            os.close(grant.take_fd())
-            return self._loaded(grant, made, layout, share)
+        beside = self._beside()
+        while True:
+            message, descriptors = session.request(m.Fill(layout.extent_bytes), on_progress=on_progress)
+            if isinstance(message, m.Filling):
+                break
+            found = read_answer(session, (message, descriptors))
+            if isinstance(found, Grant):
+                return self._attach(found, layout, share)
+            if found is None:
+                raise EntryNotFound(f"{offer.key}: evicted while its slab was to be filled; load it again")
+        (fd,) = descriptors
+        target: Mapped | None = None
+        hosts: list[Mapped] = []
+        reading: Future[tuple[SlabMap, _Made | None]] | None = None
+        try:
+            extent_bytes, block_bytes = offer.manifest.extent_bytes, message.block_bytes
+            blocks = self._blocks(session, extent_bytes, block_bytes, hosts, on_progress)
+            target = self._driver.map_slab(fd, layout.extent_bytes, self._gpu, Access.WRITE)
+            reading = beside.submit(self._read, fd, session, layout, share)
+            if layout is offer.manifest:
+                self._copy(target.address, blocks)
+            else:
+                self._cast(offer.manifest, layout, target, blocks, block_bytes)
+            slab, made = reading.result()
+            made = made or self._make(slab, layout, share)
+        except BaseException:
+            if reading and not reading.exception():
+                reading.result()[0].end()
+            raise
+        finally:
+            os.close(fd)
+            self._views.synchronize()  # nothing may be unmapped under a queued copy, nor committed
+            if target:
+                target.close()  # who commits maps the slab writable no longer
+            beside.submit(_unmap_later, hosts)
+        try:
+            grant = committed(session, offer.manifest, on_progress)
+        except BaseException:
+            del made
+            slab.end()
+            raise
+        os.close(grant.take_fd())
+        return self._loaded(grant, made, layout, share)
+
+    def _beside(self) -> ThreadPoolExecutor:
+        """A thread of this process's that works beside who loads. It is begun once, and has a context by when it is needed."""
+        pid, thread = self._thread
+        if thread is None or pid != os.getpid():  # a forked child has none of its parent's
+            thread = ThreadPoolExecutor(1, "nbcache-views")
+            thread.submit(self._begin)
+            self._thread = os.getpid(), thread
+        return thread
 
     def _begin(self) -> None:
         """Give a thread its context."""

@@ -103,7 +103,11 @@ _NO_SESSION: Any = _NoSession()
 
 def plain_tensors(slab: SlabMap, manifest: Manifest, device: torch.device) -> dict[str, torch.Tensor]:
     """CUDA tensors that keep the map alive; a write to one is a write to the map. All are views of one array, the slab."""
-    whole = torch.as_tensor(_CudaArray(slab), device=device)
+    return views_of(torch.as_tensor(_CudaArray(slab), device=device), manifest)
+
+
+def views_of(whole: torch.Tensor, manifest: Manifest) -> dict[str, torch.Tensor]:
+    """The tensors of a manifest as views of all its bytes."""
     typed = {name: whole.view(dtype) for name, dtype in edge.dtypes_of(manifest).items()}
     found: dict[str, torch.Tensor] = {}
     for name, dtype_name, shape, _, _, nbytes, place in map(msgspec.structs.astuple, manifest.tensors):
@@ -111,7 +115,7 @@ def plain_tensors(slab: SlabMap, manifest: Manifest, device: torch.device) -> di
         if nbytes:
             found[name] = base.as_strided(shape, _strides(shape), place // base.itemsize)
         else:
-            found[name] = torch.empty(shape, dtype=base.dtype, device=device)
+            found[name] = torch.empty(shape, dtype=base.dtype, device=whole.device)
     return found
 
 

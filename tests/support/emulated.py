@@ -47,20 +47,11 @@ class EmulatedViews:
     def plain(self, slab, manifest):
         import torch
 
-        from nbcache.client import tensors as edge
-        from nbcache.manifest import stored_shape
+        from nbcache.client.slabs import views_of
 
         area = (ctypes.c_ubyte * slab.size_bytes).from_address(slab.address)
         area.slab = slab
-        found = {}
-        for extent in manifest.tensors:
-            dtype, shape = edge.torch_dtype(extent), stored_shape(extent.dtype, extent.shape)
-            if not extent.nbytes:
-                found[extent.name] = torch.empty(shape, dtype=dtype)
-                continue
-            flat = torch.frombuffer(area, dtype=dtype, count=extent.nbytes // dtype.itemsize, offset=extent.place)
-            found[extent.name] = flat.resize_(shape)
-        return found
+        return views_of(torch.frombuffer(area, dtype=torch.uint8), manifest)
 
     def cow(self, slab, manifest):
         return {name: tensor.clone() for name, tensor in self.plain(slab, manifest).items()}, 0
