@@ -119,13 +119,9 @@ class Device:
         return Loaded(tensors, grant.key, grant.name, self._name, layout, made.private_bytes, grant.hit, kept)
 
     def _fill(self, offer: Offer, layout: Manifest, share: Share, on_progress: ProgressCallback | None) -> Loaded:
-        """Fill the slab that was offered, and commit it. If another client was quicker, hold what it filled.
-
-        A thread beside maps the slab to be read, and makes tensors that are mere views, while the copies are under way. If the
-        commit is refused, nobody gets them.
-        """
+        """Have the slab that was offered filled by this process. If another client was quicker, hold what it filled."""
         session = offer.session
-        beside = self._beside()
+        self._beside()
         while True:
             message, descriptors = session.request(m.Fill(layout.extent_bytes), on_progress=on_progress)
             if isinstance(message, m.Filling):
@@ -135,39 +131,47 @@ class Device:
                 return self._attach(found, layout, share)
             if found is None:
                 raise EntryNotFound(f"{offer.key}: evicted while its slab was to be filled; load it again")
-        (fd,) = descriptors
-        target: Mapped | None = None
         hosts: list[Mapped] = []
+        try:
+            blocks = self._blocks(session, offer.manifest.extent_bytes, message.block_bytes, hosts, on_progress)
+            made = self._fill_from(blocks, message.block_bytes, descriptors[0], offer, layout, share)
+            try:
+                grant = committed(session, offer.manifest, on_progress)
+            except BaseException:
+                made.slab.end()  # nobody gets the tensors
+                raise
+        finally:
+            os.close(descriptors[0])
+            self._beside().submit(_unmap_later, hosts)
+        os.close(grant.take_fd())
+        return self._loaded(grant, made, layout, share)
+
+    def _fill_from(
+        self, blocks: Iterator[Mapped], block_bytes: int, fd: int, offer: Offer, layout: Manifest, share: Share
+    ) -> _Made:
+        """Copy host blocks into a slab, wait for that, and make its tensors.
+
+        A thread beside maps the slab to be read, and makes tensors that are mere views, while the copies are under way.
+        """
+        target: Mapped | None = None
         reading: Future[tuple[SlabMap, _Made | None]] | None = None
         try:
-            extent_bytes, block_bytes = offer.manifest.extent_bytes, message.block_bytes
-            blocks = self._blocks(session, extent_bytes, block_bytes, hosts, on_progress)
             target = self._driver.map_slab(fd, layout.extent_bytes, self._gpu, Access.WRITE)
-            reading = beside.submit(self._read, fd, session, layout, share)
+            reading = self._beside().submit(self._read, fd, offer.session, layout, share)
             if layout is offer.manifest:
                 self._copy(target.address, blocks)
             else:
                 self._cast(offer.manifest, layout, target, blocks, block_bytes)
             slab, made = reading.result()
-            made = made or self._make(slab, layout, share)
+            return made or self._make(slab, layout, share)
         except BaseException:
             if reading and not reading.exception():
                 reading.result()[0].end()
             raise
         finally:
-            os.close(fd)
             self._views.synchronize()  # nothing may be unmapped under a queued copy, nor committed
             if target:
                 target.close()  # who commits maps the slab writable no longer
-            beside.submit(_unmap_later, hosts)
-        try:
-            grant = committed(session, offer.manifest, on_progress)
-        except BaseException:
-            del made
-            slab.end()
-            raise
-        os.close(grant.take_fd())
-        return self._loaded(grant, made, layout, share)
 
     def _beside(self) -> ThreadPoolExecutor:
         """A thread of this process's that works beside who loads. It is begun once, and has a context by when it is needed."""

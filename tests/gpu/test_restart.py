@@ -53,14 +53,16 @@ def free_bytes() -> int:
 
 
 @pytest.mark.alone
-def test_a_zygote_holds_no_gpu_memory_and_a_forked_kernel_has_a_gpu(environment, specs):
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("restarts", [10, pytest.param(100, marks=pytest.mark.long)])
+def test_a_zygote_holds_no_gpu_memory_and_a_forked_kernel_has_a_gpu(environment, specs, restarts):
     before = free_bytes()
     start_zygote(specs)
     eventually(lambda: free_bytes() > before - 16 * MIB, 30)  # the probe's context is gone
     with Kernel("nbcache", specs) as kernel:
         assert is_forked(kernel)
         assert kernel.run(PRODUCT) == "512.0"
-        for _ in range(10):
+        for _ in range(restarts):
             kernel.restart()
             assert is_forked(kernel)
             assert kernel.run(PRODUCT) == "512.0"
