@@ -45,8 +45,8 @@ HAS_GPU := -c 'import sys, torch; torch.cuda.is_available() or sys.exit("no GPU:
 # The first may share a GPU, and mostly wait for processes that start; the others want it whole. Both run, whatever fails.
 gpu:
 	@$(GPU_PYTHON) $(HAS_GPU)
-	$(GPU_PYTEST) -m 'gpu and not alone' -n 4 --dist load --maxschedchunk 1; shared=$$?; \
-	$(GPU_PYTEST) -m 'gpu and alone'; alone=$$?; \
+	$(GPU_PYTEST) -m 'gpu and not alone and not long' -n 4 --dist load --maxschedchunk 1; shared=$$?; \
+	$(GPU_PYTEST) -m 'gpu and alone and not long'; alone=$$?; \
 	exit $$((shared | alone))
 
 lint: $(VENV)/dev.stamp

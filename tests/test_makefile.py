@@ -46,8 +46,8 @@ def test_both_parts_run_and_either_may_fail_it(tmp_path, failing, status):
     assert run("make", "gpu", f"PYTHON={python}").returncode == status
     check, shared, alone = (tmp_path / "calls").read_text().splitlines()
     assert "cuda.is_available" in check
-    assert "-m gpu and not alone -n 4" in shared
-    assert alone.endswith("-m gpu and alone")
+    assert "-m gpu and not alone and not long -n 4" in shared
+    assert alone.endswith("-m gpu and alone and not long")
 
 
 def test_a_test_that_needs_a_gpu_fails_where_one_is_required():
