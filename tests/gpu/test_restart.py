@@ -143,3 +143,20 @@ def test_a_forked_kernel_computes_what_an_ordinary_one_does(environment, specs):
             assert is_forked(kernel) is (spec == "nbcache")
             answers.add(kernel.run(code))
     assert len(answers) == 1
+
+
+def test_a_forked_kernel_asks_nvml_as_an_ordinary_one_does(environment, specs):
+    """The zygote has started NVML, whose thread no fork has."""
+    code = (
+        "import pynvml\npynvml.nvmlInit()\nhandle = pynvml.nvmlDeviceGetHandleByIndex(0)\n"
+        "pynvml.nvmlDeviceGetMemoryInfo(handle).total, pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetCount()"
+    )
+    start_zygote(specs)
+    answers = set()
+    for spec in ("nbcache", "stock"):
+        with Kernel(spec, specs) as kernel:
+            assert is_forked(kernel) is (spec == "nbcache")
+            answers.add(kernel.run(code))
+            kernel.restart()
+            answers.add(kernel.run(code))
+    assert len(answers) == 1
