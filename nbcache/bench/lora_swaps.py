@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from nbcache.models.lora import LoadedLora
 
 WAIT_S = 5.0
-SETTLE_S = 0.5
-"""How long a rest is before a swap that is measured: what came before leaves host blocks that are unmapped a little later."""
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -166,8 +164,9 @@ class _Bench:
 
     @staticmethod
     def _cool() -> None:
-        """Nothing of ours on the GPU any more; all in pinned host memory."""
+        """Nothing of ours on the GPU any more, all in pinned host memory; and what the last load left to be unmapped is."""
         import nbcache
+        from nbcache.client.device import LINGER_S
         from nbcache.models.lora_cache import hot
 
         hot().clear()
@@ -176,7 +175,7 @@ class _Bench:
             if time.monotonic() > limit:
                 raise BenchmarkFailed("a slab that nobody uses stays on the GPU")
             nbcache.free_gpu()
-        time.sleep(SETTLE_S)
+        time.sleep(2 * LINGER_S)
 
     def _output(self) -> torch.Tensor:
         import torch

@@ -19,7 +19,7 @@ import torch
 
 from nbcache.client import tensors as edge
 from nbcache.client.session import Session
-from nbcache.layout import ALIGNMENT, MIB, SMALL_LIMIT
+from nbcache.layout import ALIGNMENT, MIB, SMALL_LIMIT, round_up
 from nbcache.manifest import Manifest, each_view, row_strides, stored_shape
 from nbcache.memory.driver import Mapped
 
@@ -162,7 +162,7 @@ class _Runs:
     def add(self, target: int, source: int, size: int) -> None:
         """Copy this too, by and by."""
         offset = target - self._target
-        is_next = offset == -(-self._size // self._rounding) * self._rounding and offset == source - self._source
+        is_next = offset == round_up(self._size, self._rounding) and offset == source - self._source
         if is_next and offset < RUN_BYTES:
             self._size = offset + size
         else:

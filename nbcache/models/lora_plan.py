@@ -74,7 +74,6 @@ class Part:
         self._places = [target.place() for target in targets]
         self._scalings = [target.settings[0] for target in targets]
         self._settled: list[Setting] = []
-        self._scaled: tuple[float, list[float]] = 0.0, []
 
     @property
     def fixed(self) -> bool:
@@ -141,7 +140,7 @@ class Part:
         if reading.settings != self._settled:
             for target, (alpha, rank, rooted) in zip(self.targets, reading.settings, strict=True):
                 target.settle(self._adapter, alpha, rank, rooted, sizes=not self.padded)
-            self._settled, self._scaled = reading.settings, (0.0, [])
+            self._settled = reading.settings
 
     def _cut_anew(self, reading: Reading, sources: Sequence[torch.Tensor | None], present: Sequence[torch.Tensor]) -> None:
         """Into the arena, and the parameters bound to it."""
@@ -155,12 +154,8 @@ class Part:
 
     def scale(self, scale: float) -> None:
         """See :meth:`Plan.scale`."""
-        if not self._scaled[1] or scale != self._scaled[0]:
-            self._scaled = (
-                scale,
-                [scale * alpha / (math.sqrt(rank) if rooted else rank) for alpha, rank, rooted in self._settled],
-            )
-        adapter, values = self._adapter, self._scaled[1]
+        adapter = self._adapter
+        values = [scale * alpha / (math.sqrt(rank) if rooted else rank) for alpha, rank, rooted in self._settled]
         if self.padded:
             held = [scaling[adapter] for scaling in self._scalings]
             new = torch.tensor(values, dtype=held[0].dtype, device=held[0].device)
@@ -184,13 +179,9 @@ class Plan:
         self.parts = parts
         self.least = {slot.name: slot.least for part in parts for slot in part.slots}
         """The least shape that each parameter may have, by the name of the LoRA's tensor."""
-        self._layers = [target.layer for target in self.targets]
-        self._readings: dict[str, list[Reading] | None] = {}
-
-    @property
-    def targets(self) -> list[Target]:
+        self.targets = [target for part in parts for target in part.targets]
         """The modules that have the adapter."""
-        return [target for part in self.parts for target in part.targets]
+        self._readings: dict[str, list[Reading] | None] = {}
 
     @property
     def stands(self) -> bool:
@@ -199,8 +190,6 @@ class Plan:
 
     def check_unfused(self) -> None:
         """LoraFused if the adapter is in the base weights."""
-        if not any([self.adapter in layer.merged_adapters for layer in self._layers]):
-            return
         for target in self.targets:
             if self.adapter in target.layer.merged_adapters:
                 raise LoraFused(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbcache.layout import ALIGNMENT
+from nbcache.layout import ALIGNMENT, round_up
 from nbcache.models.lora_convert import BIAS, A, B
 
 Spec = tuple[tuple[int, ...], torch.dtype]
@@ -49,7 +49,7 @@ class Arena:
             places, end = [], 0
             for size in sizes:
                 places.append(end)
-                end += -(-size // ALIGNMENT) * ALIGNMENT
+                end += round_up(size, ALIGNMENT)
             if end > self.size_bytes:
                 self._cuts.clear()
                 self._block = torch.empty(end, dtype=torch.uint8, device=self.device)

@@ -120,6 +120,13 @@ def test_a_thread_that_nobody_misses_after_a_fork_is_none(environment, own_specs
         assert is_forked(kernel)
 
 
+def test_a_driver_that_was_initialised_before_the_fork_is_noticed():
+    """Where torch did not do it, and then finds no GPU in the child: the driver says why."""
+    code = "import torch\nfrom nbcache.jupyter import proof\nproof._driver_status = lambda: 3\nprint(proof.probe())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=REPOSITORY)
+    assert done.stdout == "the GPU was initialised before the fork\n", done.stderr
+
+
 def test_an_empty_list_learns_nothing(environment, own_specs, monkeypatch):
     monkeypatch.setenv("NBCACHE_PRELOAD", "")
     installed(environment, "slow_one", SLEEP)

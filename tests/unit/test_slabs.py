@@ -8,14 +8,11 @@ from hypothesis import strategies as st
 
 from nbcache.client import slabs
 from nbcache.client.slabs import _Runs
+from nbcache.layout import round_up
 
 ROUNDING = 8
 PLACES = st.lists(st.tuples(st.integers(1, 20), st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=30)
 """Sizes, and how many units of memory lie before each in the target and in the source."""
-
-
-def _units(size: int) -> int:
-    return -(-size // ROUNDING)
 
 
 @given(PLACES, st.sampled_from([1, ROUNDING]))
@@ -25,7 +22,7 @@ def test_all_is_copied_and_nothing_else_is_written(places: list[tuple[int, int, 
         target, source = target + before * ROUNDING, source + gap * ROUNDING
         targets.append(target)
         sources.append(source)
-        target, source = target + _units(size) * ROUNDING, source + _units(size) * ROUNDING
+        target, source = target + round_up(size, ROUNDING), source + round_up(size, ROUNDING)
     memory = bytes(number % 251 + 1 for number in range(source + ROUNDING))
     written = bytearray(target + ROUNDING)
 
@@ -39,7 +36,7 @@ def test_all_is_copied_and_nothing_else_is_written(places: list[tuple[int, int, 
     own = set()
     for (size, *_), to, start in zip(places, targets, sources, strict=True):
         assert written[to : to + size] == memory[start : start + size]
-        own.update(range(to, to + -(-size // rounding) * rounding))
+        own.update(range(to, to + round_up(size, rounding)))
     assert not any(written[at] for at in range(len(written)) if at not in own)
 
 
