@@ -24,8 +24,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parents[2]
 
 KERNEL = """
-import gc, torch, warnings
+import gc, nbcache, torch, warnings
 from pathlib import Path
+from safetensors.torch import load_file
 from nbcache.bench.pipeline import TRANSFORMER
 from nbcache.models.api import assemble_name
 from tests.parity.harness import describe, differences, library_noise, load_stock, portrait, run
@@ -44,6 +45,38 @@ def compared(name, folder, dtype):
     if run(SUBJECTS[name], stock) != run(SUBJECTS[name], made.value):
         found.append("output")
     return found, made.tally.private_bytes
+
+MOVES = {
+    "to cpu": lambda pipe: pipe.to("cpu"),
+    "to cpu and back": lambda pipe: pipe.to("cpu").to("cuda"),
+    "to float16": lambda pipe: pipe.to(torch.float16),
+    "model offload": lambda pipe: pipe.enable_model_cpu_offload(),
+    "sequential offload": lambda pipe: pipe.enable_sequential_cpu_offload(),
+}
+
+def moved(pipe, action):
+    with library_noise():
+        MOVES[action](pipe)
+        images = [run(SUBJECTS["flux"], pipe), run(SUBJECTS["flux"], pipe)]
+    models = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    hooked = [f"{n}.{m}" for n, part in models.items() for m, module in part.named_modules() if hasattr(module, "_hf_hook")]
+    return images, hooked
+
+def moving(folder, action):
+    # what differs after the same move of a stock pipeline and of one from the cache; whether hooks were left
+    with library_noise():
+        stock = load_stock(Path(folder), SUBJECTS["flux"], torch.bfloat16).to("cuda")
+    made = assemble_name(folder, device="cuda")
+    (images, hooked), found = moved(stock, action), moved(made.value, action)
+    if found != (images, hooked):
+        return ["the images, or the hooks"], bool(hooked)
+    return list(differences(portrait(stock), portrait(made.value))), bool(hooked)
+
+def unlike_files(folder):
+    # the tensors of slabs that differ from what the files hold
+    files = Path(folder).glob("*/*.safetensors")
+    pairs = [(nbcache.load(file, device="cuda", share="readonly"), load_file(file)) for file in files]
+    return [n for slab, stock in pairs for n, t in stock.items() if not torch.equal(slab[n].cpu(), t)], len(pairs)
 
 def large_of_its_own(model):
     # an operator may ask for the address of a bias, which makes it private: a few kilobytes
@@ -107,6 +140,17 @@ def test_on_the_gpu_as_stock(kernel, tmp_path, name):
     dtype = "torch.bfloat16" if name == "flux" else "torch.float32"
     for _ in ("filled", "resident"):
         assert kernel.run(f"compared({name!r}, {str(folder)!r}, {dtype})") == [[], 0]
+
+
+@pytest.mark.parametrize("action", ["to cpu", "to cpu and back", "to float16", "model offload", "sequential offload"])
+def test_moving_is_as_stock_and_writes_to_no_slab(kernel, tmp_path, action):
+    folder = tmp_path / "flux"
+    with library_noise():
+        SUBJECTS["flux"].write(folder)
+    assert kernel.run(f"moving({str(folder)!r}, {action!r})") == [[], "offload" in action]
+    unlike, files = kernel.run(f"unlike_files({str(folder)!r})")
+    assert unlike == []
+    assert files == 4
 
 
 @pytest.fixture
