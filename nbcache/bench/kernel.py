@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DEVICE = "cuda:0"
 ROUNDS = 5
+PAUSE_S = 0.5
 COPIES = 8
 """Copies on the device that are timed as one: a single one is too short."""
 
@@ -113,7 +114,10 @@ def time_load(checkpoint: str, share: Share) -> Timed:
 
 
 def time_fills(checkpoint: str, share: Share, runs: int) -> list[Timed]:
-    """Fills of a slab from the pinned copy, by a process that loaded the same before: as files are swapped in a notebook."""
+    """Fills of a slab from the pinned copy, by a process that loaded the same before: as files are swapped in a notebook.
+
+    There is a pause after each, as there is in a notebook: what the last one used is freed in the background.
+    """
     from nbcache.client import api
     from nbcache.client.weights import Weights
 
@@ -128,6 +132,7 @@ def time_fills(checkpoint: str, share: Share, runs: int) -> list[Timed]:
         weights.release()
         if not api.free_gpu(checkpoint).names:
             raise BenchmarkFailed(f"{checkpoint}: its slab was still in use, or gone; is the GPU short of memory?")
+        time.sleep(PAUSE_S)
     return found[1:]
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import msgspec
@@ -70,11 +72,11 @@ class Device:
         """The entry's tensors on this GPU; its slab is filled first if nobody did, by whoever is first (I3)."""
         with self._views.current():
             wanted = edge.dtype_name(dtype) if dtype is not None else ""
-            found = get(Wish(m.DeviceWish(self._gpu.uuid, wanted)))
+            found = get(Wish(m.DeviceWish(self._gpu.uuid, wanted, 0 if wanted else AHEAD)))
             if wanted and cast_manifest(found.manifest, wanted) is found.manifest:  # the file's own dtype: one slab will do
                 found.close()
                 wanted = ""
-                found = get(Wish(m.DeviceWish(self._gpu.uuid)))
+                found = get(Wish(m.DeviceWish(self._gpu.uuid, ahead=AHEAD)))
             layout = cast_manifest(found.manifest, wanted)
             if isinstance(found, Grant):
                 return self._attach(found, layout, share)
@@ -123,17 +125,20 @@ class Device:
         session = offer.session
         self._beside()
         while True:
-            message, descriptors = session.request(m.Fill(layout.extent_bytes), on_progress=on_progress)
+            fill = m.Fill(layout.extent_bytes)
+            answer = session.receive(on_progress) if offer.filled else session.request(fill, on_progress=on_progress)
+            message, descriptors = answer
             if isinstance(message, m.Filling):
                 break
-            found = read_answer(session, (message, descriptors))
+            found = read_answer(session, answer)
             if isinstance(found, Grant):
                 return self._attach(found, layout, share)
             if found is None:
                 raise EntryNotFound(f"{offer.key}: evicted while its slab was to be filled; load it again")
+            offer = found
         hosts: list[Mapped] = []
         try:
-            blocks = self._blocks(session, offer.manifest.extent_bytes, message.block_bytes, hosts, on_progress)
+            blocks = self._blocks(offer, message.block_bytes, hosts, on_progress)
             made = self._fill_from(blocks, message.block_bytes, descriptors[0], offer, layout, share)
             try:
                 grant = committed(session, offer.manifest, on_progress)
@@ -142,36 +147,36 @@ class Device:
                 raise
         finally:
             os.close(descriptors[0])
-            self._beside().submit(_unmap_later, hosts)
+            _unmap_later(hosts)
         os.close(grant.take_fd())
         return self._loaded(grant, made, layout, share)
 
     def _fill_from(
         self, blocks: Iterator[Mapped], block_bytes: int, fd: int, offer: Offer, layout: Manifest, share: Share
     ) -> _Made:
-        """Copy host blocks into a slab, wait for that, and make its tensors.
+        """Copy host blocks into a slab, make its tensors, wait for all that, and let nobody here write to it any more.
 
-        A thread beside maps the slab to be read, and makes tensors that are mere views, while the copies are under way.
+        A thread beside makes tensors that are mere views while the blocks are mapped and queued.
         """
-        target: Mapped | None = None
-        reading: Future[tuple[SlabMap, _Made | None]] | None = None
+        mapped = self._driver.map_slab(fd, layout.extent_bytes, self._gpu, Access.WRITE)
+        slab = SlabMap(mapped, offer.session, self._views.synchronize, layout, self._gpu.ordinal)
+        views: Future[_Made] | None = None
         try:
-            target = self._driver.map_slab(fd, layout.extent_bytes, self._gpu, Access.WRITE)
-            reading = self._beside().submit(self._read, fd, offer.session, layout, share)
+            if share == "readonly":
+                views = self._beside().submit(self._make_beside, slab, layout)
             if layout is offer.manifest:
-                self._copy(target.address, blocks)
+                self._copy(slab.address, blocks)
             else:
-                self._cast(offer.manifest, layout, target, blocks, block_bytes)
-            slab, made = reading.result()
-            return made or self._make(slab, layout, share)
-        except BaseException:
-            if reading and not reading.exception():
-                reading.result()[0].end()
-            raise
-        finally:
+                self._cast(offer.manifest, layout, slab, blocks, block_bytes)
+            made = views.result() if views else self._make(slab, layout, share)
             self._views.synchronize()  # nothing may be unmapped under a queued copy, nor committed
-            if target:
-                target.close()  # who commits maps the slab writable no longer
+            mapped.protect()
+            return made
+        except BaseException:
+            if views:
+                views.exception()  # it is done with the slab
+            slab.end()
+            raise
 
     def _beside(self) -> ThreadPoolExecutor:
         """A thread of this process's that works beside who loads. It is begun once, and has a context by when it is needed."""
@@ -187,15 +192,10 @@ class Device:
         with self._views.current():
             pass
 
-    def _read(self, fd: int, session: Session, layout: Manifest, share: Share) -> tuple[SlabMap, _Made | None]:
-        """Map a slab that is being filled; its tensors too, where they are views and copy nothing."""
+    def _make_beside(self, slab: SlabMap, layout: Manifest) -> _Made:
+        """Views of a slab, made while its blocks are mapped."""
         with self._views.current(), _turns():
-            slab = self._map(fd, session, layout)
-            try:
-                return slab, self._make(slab, layout, share) if share == "readonly" else None
-            except BaseException:
-                slab.end()
-                raise
+            return self._make(slab, layout, "readonly")
 
     def _copy(self, target: int, blocks: Iterator[Mapped]) -> None:
         """One straight copy a block."""
@@ -204,19 +204,15 @@ class Device:
             target += block.size_bytes
 
     def _blocks(
-        self,
-        session: Session,
-        extent_bytes: int,
-        block_bytes: int,
-        mapped: list[Mapped],
-        on_progress: ProgressCallback | None,
+        self, offer: Offer, block_bytes: int, mapped: list[Mapped], on_progress: ProgressCallback | None
     ) -> Iterator[Mapped]:
         """The host copy's blocks as they become staged, each mapped for the GPU, and added to ``mapped``, while others copy.
 
         The first are asked for at once, not when the first is looked at.
         """
+        session, extent_bytes = offer.session, offer.manifest.extent_bytes
         count = -(-extent_bytes // block_bytes)
-        for number in range(min(AHEAD, count)):
+        for number in range(0 if offer.filled else min(AHEAD, count)):
             session.send(m.Want(number))
 
         def map_each() -> Iterator[Mapped]:
@@ -234,9 +230,9 @@ class Device:
 
         return map_each()
 
-    def _cast(self, source: Manifest, target: Manifest, slab: Mapped, blocks: Iterator[Mapped], block_bytes: int) -> None:
+    def _cast(self, source: Manifest, target: Manifest, slab: SlabMap, blocks: Iterator[Mapped], block_bytes: int) -> None:
         """Bring each tensor's bytes to scratch memory, in the order of their places, and cast it into its own."""
-        views = self._views.plain(SlabMap.borrow(slab, self._views.synchronize, target, self._gpu.ordinal), target)
+        views = self._views.plain(slab, target)
         scratch = self._views.empty(max((t.nbytes for t in source.tensors), default=0))
         at_hand: list[Mapped] = []
         for extent in sorted(source.tensors, key=lambda t: t.place):
@@ -255,14 +251,23 @@ class Device:
 
 def _unmap_later(mapped: list[Mapped]) -> None:
     """Unmap in the background, when the load is over: 24 GB of host blocks take 50 ms that nobody need wait for."""
+    _unmapper(os.getpid()).put(mapped)
+
+
+@lru_cache(1)
+def _unmapper(pid: int) -> queue.SimpleQueue[list[Mapped]]:
+    """What is put here is unmapped by a thread of this process's; a forked child has none of its parent's."""
+    waiting: queue.SimpleQueue[list[Mapped]] = queue.SimpleQueue()
 
     def unmap() -> None:
-        for each in mapped:
-            each.close()
+        while True:
+            mapped = waiting.get()
+            time.sleep(LINGER_S)
+            for each in mapped:
+                each.close()
 
-    timer = threading.Timer(LINGER_S, unmap)
-    timer.name, timer.daemon = "nbcache-unmap", True
-    timer.start()
+    threading.Thread(target=unmap, name="nbcache-unmap", daemon=True).start()
+    return waiting
 
 
 @contextlib.contextmanager

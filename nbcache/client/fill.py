@@ -66,11 +66,15 @@ class Grant:
 
 @dataclass(frozen=True)
 class Offer:
-    """An entry whose slab is yet to be filled, by whoever holds this. Owns the session."""
+    """An entry whose slab is yet to be filled, by whoever holds this. Owns the session.
+
+    ``filled``: Fill was said ahead, with the wish; its answer comes next.
+    """
 
     session: Session
     key: str
     manifest: Manifest
+    filled: bool = False
 
     def close(self) -> None:
         """Decline."""
@@ -211,7 +215,7 @@ def read_answer(
         raise
     os.close(descriptors[0])
     if isinstance(message, m.Vacant):
-        return Offer(session, message.key, manifest)
+        return Offer(session, message.key, manifest, message.filled)
     fd = descriptors[1] if len(descriptors) > 1 else -1
     return Grant(session, message.key, message.name, message.provenance, not message.staged, manifest, fd)
 

@@ -30,7 +30,10 @@ RUN_BYTES = 256 * MIB
 
 
 class SlabMap:
-    """A read-only map of a slab, and the lease on it. Both end when the last reference goes, once queued work is done."""
+    """A map of a slab and the lease on it. Both end when the last reference goes, once queued work is done.
+
+    The map is to be read only, but while this process fills the slab.
+    """
 
     def __init__(
         self, mapped: Mapped, session: Session, synchronize: Callable[[], None], manifest: Manifest, device: int
@@ -45,11 +48,6 @@ class SlabMap:
     def end(self) -> None:
         """End both now, whoever still refers to this: a traceback, when nobody was given the tensors."""
         self._finalizer()
-
-    @classmethod
-    def borrow(cls, mapped: Mapped, synchronize: Callable[[], None], manifest: Manifest, device: int) -> SlabMap:
-        """A map that somebody else closes, of a slab that is not leased yet: a filler's own."""
-        return cls(_Borrowed(mapped), _NO_SESSION, synchronize, manifest, device)
 
     def cupy_arrays(self) -> dict[str, Any]:
         """See :meth:`Weights.cupy`."""
@@ -82,25 +80,6 @@ def _let_go(mapped: Mapped, session: Session, synchronize: Callable[[], None], o
     session.close()
 
 
-class _Borrowed:
-    """A map that somebody else closes."""
-
-    def __init__(self, mapped: Mapped) -> None:
-        self.address = mapped.address
-        self.size_bytes = mapped.size_bytes
-
-    def close(self) -> None:
-        """Leave it."""
-
-
-class _NoSession:
-    def close(self) -> None:
-        """There is none."""
-
-
-_NO_SESSION: Any = _NoSession()
-
-
 def plain_tensors(slab: SlabMap, manifest: Manifest, device: torch.device) -> dict[str, torch.Tensor]:
     """CUDA tensors that keep the map alive; a write to one is a write to the map. All are views of one array, the slab."""
     return views_of(torch.as_tensor(_CudaArray(slab), device=device), manifest)
@@ -108,19 +87,23 @@ def plain_tensors(slab: SlabMap, manifest: Manifest, device: torch.device) -> di
 
 def views_of(whole: torch.Tensor, manifest: Manifest) -> dict[str, torch.Tensor]:
     """The tensors of a manifest as views of all its bytes."""
-    typed = {name: whole.view(dtype) for name, dtype in edge.dtypes_of(manifest).items()}
+    bases = {name: (whole.view(dtype), dtype.itemsize) for name, dtype in edge.dtypes_of(manifest).items()}
     found: dict[str, torch.Tensor] = {}
     for name, dtype_name, shape, _, _, nbytes, place in map(msgspec.structs.astuple, manifest.tensors):
-        base, shape = typed[dtype_name], stored_shape(dtype_name, shape)
+        base, itemsize = bases[dtype_name]
+        stored, strides = _stored(dtype_name, shape)
         if nbytes:
-            found[name] = base.as_strided(shape, _strides(shape), place // base.itemsize)
+            found[name] = base.as_strided(stored, strides, place // itemsize)
         else:
-            found[name] = torch.empty(shape, dtype=base.dtype, device=whole.device)
+            found[name] = torch.empty(stored, dtype=base.dtype, device=whole.device)
     return found
 
 
-_strides = lru_cache(1024)(row_strides)
-"""A model has thousands of tensors, of few shapes."""
+@lru_cache(1024)
+def _stored(dtype: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A shape as memory has it, and its strides. A model has thousands of tensors, of few shapes."""
+    stored = stored_shape(dtype, shape)
+    return stored, row_strides(stored)
 
 
 def private_tensors(slab: SlabMap, manifest: Manifest, device: torch.device, queue: Queue) -> dict[str, torch.Tensor]:
@@ -138,12 +121,13 @@ def private_tensors(slab: SlabMap, manifest: Manifest, device: torch.device, que
                 torch.empty(need, dtype=torch.uint8, device=device)  # freed again, into torch's cache
     dtypes = edge.dtypes_of(manifest)
     runs = _Runs(queue, ALIGNMENT if is_cuda else 1)
-    found = {}
-    for extent in sorted(manifest.tensors, key=lambda extent: (extent.nbytes <= SMALL_LIMIT, extent.place)):
-        shape = stored_shape(extent.dtype, extent.shape)
-        found[extent.name] = tensor = torch.empty(shape, dtype=dtypes[extent.dtype], device=device)
-        if extent.nbytes:
-            runs.add(tensor.data_ptr(), slab.address + extent.place, extent.nbytes)
+    found: dict[str, torch.Tensor] = {}
+    rows = map(msgspec.structs.astuple, manifest.tensors)
+    for name, dtype, shape, _, _, nbytes, place in sorted(rows, key=lambda row: (row[5] <= SMALL_LIMIT, row[6])):
+        stored, strides = _stored(dtype, shape)
+        found[name] = tensor = torch.empty_strided(stored, strides, dtype=dtypes[dtype], device=device)
+        if nbytes:
+            runs.add(tensor.data_ptr(), slab.address + place, nbytes)
     runs.end()
     return {extent.name: found[extent.name] for extent in manifest.tensors}  # in file order again
 

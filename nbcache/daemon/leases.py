@@ -7,6 +7,8 @@ or the death of a filler brought it up.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from nbcache.daemon.connection import Connection, Phase, Port
 from nbcache.daemon.entries import PINNED, SHARED, Entry, Kind, Place, State
 from nbcache.daemon.holdings import Holdings
@@ -25,11 +27,19 @@ class Leases:
     middle of.
     """
 
-    def __init__(self, port: Port, holdings: Holdings, host: HostCopies, policy: GpuPolicy) -> None:
+    def __init__(
+        self,
+        port: Port,
+        holdings: Holdings,
+        host: HostCopies,
+        policy: GpuPolicy,
+        fill_ahead: Callable[[Connection, Entry, int], None],
+    ) -> None:
         self._port = port
         self._holdings, self._store, self._tiers = holdings, holdings.store, holdings.tiers
         self._host = host
         self._policy = policy
+        self._fill_ahead = fill_ahead
 
     def wished_place(self, find: m.Find) -> Place:
         """Where an entry is wanted. DriverError for a GPU that the daemon does not see."""
@@ -60,7 +70,10 @@ class Leases:
             connection.phase, connection.told_s = Phase.WAITING, 0.0
         else:
             connection.phase, connection.refusal = Phase.OFFERED, None
-            self._port.reply(connection, m.Vacant(entry.key), [self._tiers.manifest_fd(entry.key)])
+            ahead = connection.find.device.ahead if connection.find.device else 0
+            self._port.reply(connection, m.Vacant(entry.key, bool(ahead)), [self._tiers.manifest_fd(entry.key)])
+            if ahead and connection.phase is Phase.OFFERED:  # it could be told
+                self._fill_ahead(connection, entry, ahead)
 
     def again(self, connection: Connection, entry: Entry, staged: bool = False) -> None:
         """Attend to a connection that waits, if nothing else has served or ended it meanwhile; an error is its answer."""

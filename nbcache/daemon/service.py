@@ -66,7 +66,7 @@ class Service:
         self._tiers = Tiers(open_driver, port.post, Reader(), policy.block_bytes)
         self._holdings = Holdings(self._store, self._tiers)
         self._host = HostCopies(self._holdings, self)
-        self._leases = Leases(port, self._holdings, self._host, policy)
+        self._leases = Leases(port, self._holdings, self._host, policy, lambda *offer: self._slabs.fill_ahead(*offer))
         self._slabs = Slabs(port, self._holdings, self._leases, clock)
         self.requests: Requests = {
             (Phase.IDLE, m.Find): self._find,

@@ -50,7 +50,19 @@ class Slabs:
         if entry.state(connection.place) is not State.ABSENT or entry.state(PINNED) is State.ABSENT:
             self._leases.attend(connection, entry)
             return
-        fd = self._create(connection, entry, fill.extent_bytes)
+        self._begin(connection, entry, fill.extent_bytes)
+
+    def fill_ahead(self, connection: Connection, entry: Entry, ahead: int) -> None:
+        """Let this connection fill the slab that it was just offered, and hand over its first blocks, now or once staged."""
+        if connection.place.dtype or not 0 < ahead <= MAX_WANTED:
+            raise ProtocolError(f"{ahead} blocks ahead of a slab of dtype {connection.place.dtype!r}")
+        self._begin(connection, entry, entry.extent_bytes)
+        connection.wanted += range(min(ahead, self._count_blocks(entry)))
+        connection.told_s = self._clock()
+        self.serve_wants(entry.key)
+
+    def _begin(self, connection: Connection, entry: Entry, extent_bytes: int) -> None:
+        fd = self._create(connection, entry, extent_bytes)
         connection.phase = Phase.FILLING
         if entry.state(PINNED) is State.READY:
             self._store.grant(entry.key, PINNED, connection.number, connection.pid)
@@ -79,13 +91,15 @@ class Slabs:
 
     def want(self, connection: Connection, want: m.Want, _: list[int]) -> None:
         """Hand over a block of the pinned copy, now or once it is staged."""
-        extent_bytes = self._store.entries[connection.key].extent_bytes
-        count = -(-extent_bytes // self._tiers.block_bytes_of(extent_bytes))
+        count = self._count_blocks(self._store.entries[connection.key])
         if not 0 <= want.number < count or len(connection.wanted) >= MAX_WANTED:
             raise ProtocolError(f"block {want.number} of {count} wanted, with {len(connection.wanted)} outstanding")
         connection.wanted.append(want.number)
         connection.told_s = self._clock()
         self.serve_wants(connection.key)
+
+    def _count_blocks(self, entry: Entry) -> int:
+        return -(-entry.extent_bytes // self._tiers.block_bytes_of(entry.extent_bytes))
 
     def serve_wants(self, key: str) -> None:
         """Hand over the blocks of an entry that were wanted and are staged by now, in the order of the asking."""

@@ -47,6 +47,9 @@ class Mapped(Protocol):
     address: int
     size_bytes: int
 
+    def protect(self) -> None:
+        """Let the GPU read it, and write it no longer. What was queued to write it must be done."""
+
     def close(self) -> None:
         """Unmap. Queued work must not use the addresses any more."""
 
@@ -264,7 +267,7 @@ class CudaDriver:
                 raise
         finally:
             self._call("cuMemRelease", handle)
-        return _CudaMap(self, address, size_bytes)
+        return _CudaMap(self, address, size_bytes, (kind, number))
 
     def _access(self, kind: str, number: int, access: Access) -> Any:  # noqa: ANN401
         wanted = self._cuda.CUmemAccessDesc()
@@ -286,11 +289,17 @@ class CudaDriver:
 class _CudaMap:
     """A reserved and mapped range of addresses."""
 
-    def __init__(self, driver: CudaDriver, address: int, size_bytes: int) -> None:
+    def __init__(self, driver: CudaDriver, address: int, size_bytes: int, location: tuple[str, int]) -> None:
         self._driver = driver
         self.address = address
         self.size_bytes = size_bytes
+        self._location = location
         self._mapped = True
+
+    def protect(self) -> None:
+        """See :class:`Mapped`."""
+        read_only = self._driver._access(*self._location, Access.READ)
+        self._driver._call("cuMemSetAccess", self.address, self.size_bytes, [read_only], 1)
 
     def close(self) -> None:
         """Unmap and free the addresses; a second call does nothing."""

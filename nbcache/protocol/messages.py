@@ -31,10 +31,14 @@ class Hello(Message, frozen=True, tag="hello"):
 
 
 class DeviceWish(msgspec.Struct, frozen=True):
-    """A slab: on the GPU of this UUID, floating-point tensors as this dtype (empty: as in the file)."""
+    """A slab: on the GPU of this UUID, floating-point tensors as this dtype (empty: as in the file).
+
+    With ``ahead``, but not with a dtype: if it is Vacant, as if Fill, and Want for so many of the first blocks, had been said.
+    """
 
     uuid: str
     dtype: str = ""
+    ahead: int = 0
 
 
 class Find(Message, frozen=True, tag="find"):
@@ -151,10 +155,14 @@ class Absent(Message, frozen=True, tag="absent"):
 
 
 class Vacant(Message, frozen=True, tag="vacant"):
-    """Daemon: the entry's host copy is there or on its way, but no slab is; Fill one. Descriptor: the manifest."""
+    """Daemon: the entry's host copy is there or on its way, but no slab is; Fill one. Descriptor: the manifest.
+
+    ``filled``: it was wished ``ahead``, so this is followed by the answer to a Fill, and what is wanted of it.
+    """
 
     DESCRIPTORS = (1, 1)
     key: str
+    filled: bool = False
 
 
 class Filling(Message, frozen=True, tag="filling"):

@@ -95,8 +95,8 @@ def measure(path: str, share: str, runs: int, resident: bool) -> list[str]:
         *((type(gpu), name) for name in ("load", "_fill", "_attach", "_map", "_make", "_copy", "_cast")),
         *((gpu._driver, name) for name in ("map_slab", "map_block_on", "copy")),
         *((gpu._views, name) for name in ("synchronize", "plain", "cow", "private")),
-        (_CudaMap, "close"), (EmulatedMap, "close"), (device, "committed"), (device, "_unmap_later"),
-        (fill, "meaning_of"), (fill, "is_unchanged"),
+        *((kind, name) for kind in (_CudaMap, EmulatedMap) for name in ("protect", "close")),
+        (device, "committed"), (device, "_unmap_later"), (fill, "meaning_of"), (fill, "is_unchanged"),
     ]  # fmt: skip
     for _ in range(runs):
         steps.seen.clear()

@@ -159,14 +159,16 @@ def test_a_write_is_seen_by_its_kernel_alone(kernel, path):
 
 
 def test_a_raw_write_to_a_read_only_tensor_is_an_error_and_changes_nothing(kernel, path):
+    for writer in ("who filled it", "who attached"):
+        with Interpreter() as other:
+            other.run(KERNEL)
+            other.run(f"w = {load(path, 'readonly')}")
+            assert other.run("w.hit") is (writer == "who attached")
+            with pytest.raises(RemoteError, match=r"CUDA error|AcceleratorError"):
+                other.run("w['t00007'].fill_(0); torch.cuda.synchronize()")
+            other.kill()
     kernel.run(f"w = {load(path, 'readonly')}")
-    with pytest.raises(RemoteError, match=r"CUDA error|AcceleratorError"):
-        kernel.run("w['t00007'].fill_(0); torch.cuda.synchronize()")
-    kernel.kill()
-    with Interpreter() as other:
-        other.run(KERNEL)
-        other.run(f"w = {load(path, 'readonly')}")
-        assert other.run(f"same(w, {str(path)!r})")
+    assert kernel.run(f"same(w, {str(path)!r})")
 
 
 def test_the_last_write_to_a_tensor_of_dropped_weights_does_not_reach_the_slab(kernel, path):

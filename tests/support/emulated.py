@@ -20,6 +20,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class EmulatedMap:
@@ -34,6 +35,10 @@ class EmulatedMap:
             raise DriverError(f"emulated: {os.strerror(ctypes.get_errno())}")
         self.address = int(address)
         self.size_bytes = size_bytes
+
+    def protect(self) -> None:
+        if _libc.mprotect(self.address, self.size_bytes, mmap.PROT_READ):
+            raise DriverError(f"emulated: {os.strerror(ctypes.get_errno())}")
 
     def close(self) -> None:
         if self.address:

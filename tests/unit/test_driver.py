@@ -74,6 +74,17 @@ def test_a_second_map_of_a_slab_sees_the_same_bytes(bench, stack):
     assert bench.read(second, 1000) == payload
 
 
+def test_what_was_written_is_read_through_a_map_that_is_protected_afterwards(bench, stack):
+    payload = os.urandom(SIZE)
+    mapped = bench.driver.map_block_on(block(bench, stack, payload), SIZE, bench.gpu)
+    stack.callback(mapped.close)
+    _, target = slab(bench, stack)
+    bench.driver.copy(target.address, mapped.address, SIZE, bench.stream)
+    bench.synchronize()
+    target.protect()
+    assert bench.read(target, SIZE) == payload
+
+
 def test_a_map_outlives_the_descriptor(bench, stack):
     fd = bench.driver.create_slab(bench.gpu.uuid, SIZE)
     mapped = bench.driver.map_slab(fd, SIZE, bench.gpu, Access.WRITE)
@@ -174,11 +185,17 @@ from tests.support.gpu import emulated_bench
 from nbcache.memory.driver import Access
 bench = emulated_bench()
 fd = bench.driver.create_slab(bench.gpu.uuid, 4096)
-mapped = bench.driver.map_slab(fd, 4096, bench.gpu, Access.READ)
+{mapping}
 ctypes.memset(mapped.address, 1, 1)
 """
+READ_MAPS = [
+    "mapped = bench.driver.map_slab(fd, 4096, bench.gpu, Access.READ)",
+    "mapped = bench.driver.map_slab(fd, 4096, bench.gpu, Access.WRITE); mapped.protect()",
+]
 
 
-def test_the_emulation_faults_on_a_write_through_a_read_map():
-    ended = subprocess.run([sys.executable, "-c", WRITE_THROUGH_A_READ_MAP], capture_output=True, timeout=60)
+@pytest.mark.parametrize("mapping", READ_MAPS, ids=["mapped to be read", "protected"])
+def test_the_emulation_faults_on_a_write_through_a_read_map(mapping):
+    code = WRITE_THROUGH_A_READ_MAP.format(mapping=mapping)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
     assert ended.returncode == -signal.SIGSEGV

@@ -7,6 +7,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -14,7 +15,7 @@ from nbcache.daemon.connection import Connection, Phase
 from nbcache.daemon.entries import PINNED, SHARED, Entry, Kind, Place, State
 from nbcache.daemon.policy import GpuPolicy
 from nbcache.daemon.service import Service
-from nbcache.errors import CheckpointChanged, DriverError, HostMemoryFull, NBCacheError
+from nbcache.errors import CheckpointChanged, DeviceMemoryFull, DriverError, HostMemoryFull, NBCacheError, ProtocolError
 from nbcache.memory.shared import map_private, seal_bytes
 from nbcache.protocol import messages as m
 from tests.support.emulated import EmulatedDriver
@@ -165,6 +166,59 @@ def test_who_was_offered_a_slab_hears_why_the_copy_behind_it_came_to_nothing(mak
     with pytest.raises(CheckpointChanged, match="/model changed while it was read"):
         bench.service._slabs.fill(connection, m.Fill(EXTENT), [])
     assert connection.phase is Phase.IDLE
+
+
+def offered(bench: Bench, **wish) -> tuple[Entry, Connection]:
+    """An entry whose pinned copy is on its way, and who wishes for a slab of it; not attended to yet."""
+    entry = bench.entry("k")
+    bench.free(bench.store.fill(entry, SHARED, EXTENT))
+    bench.tiers.create_shared("k", "/model", EXTENT)
+    bench.tiers.seal_shared("k")
+    bench.free(bench.store.complete("k", SHARED))
+    bench.free(bench.store.give_name("k", "/model"))
+    assert bench.service._host.is_coming(entry, PINNED)
+    find = m.Find(device=m.DeviceWish(bench.driver.gpus()[0].uuid, **wish))
+    connection = Connection(1, os.getpid(), 0.0, Phase.IDLE, find=find)
+    bench.port.connections = {1: connection}
+    return entry, connection
+
+
+def test_who_wishes_ahead_fills_at_once_and_gets_its_first_blocks_as_they_are_staged(make):
+    bench = make()
+    entry, connection = offered(bench, ahead=2)
+    bench.service._leases.attend(connection, entry)
+    assert bench.port.answers == [m.Vacant("k", True), m.Filling(2 * MIB)]
+    assert connection.phase is Phase.FILLING
+    bench.until("k", PINNED)
+    assert bench.port.answers[2:] == [m.Block(0, 2 * MIB), m.Block(1, 2 * MIB)]
+    assert connection.wanted == []
+
+
+def test_no_more_blocks_come_ahead_than_there_are(make):
+    bench = make()
+    entry, connection = offered(bench, ahead=20)
+    bench.service._leases.attend(connection, entry)
+    bench.until("k", PINNED)
+    assert bench.port.answers[2:] == [m.Block(number, 2 * MIB) for number in range(3)]
+
+
+def test_who_wishes_ahead_hears_that_there_is_no_room(make):
+    bench = make()
+    bench.driver._gpus = tuple(replace(gpu, total_bytes=EXTENT - 1) for gpu in bench.driver.gpus())
+    entry, connection = offered(bench, ahead=2)
+    with pytest.raises(DeviceMemoryFull, match="/model"):
+        bench.service._leases.attend(connection, entry)
+    assert bench.port.answers == [m.Vacant("k", True)]
+    assert connection.phase is Phase.IDLE
+
+
+@pytest.mark.parametrize("wish", [{"ahead": 1, "dtype": "F16"}, {"ahead": -1}, {"ahead": 65}])
+def test_a_wish_ahead_that_cannot_be_is_a_protocol_error(make, wish):
+    """The size of a slab of another dtype is the client's to say."""
+    bench = make()
+    entry, connection = offered(bench, **wish)
+    with pytest.raises(ProtocolError, match="ahead"):
+        bench.service._leases.attend(connection, entry)
 
 
 def test_who_wants_shared_memory_is_not_told_that_there_is_no_pinned_memory(make):
