@@ -77,6 +77,7 @@ INNER_RANKS: dict[str, dict[str, int]] = {
         "loading": 6,
         "weights": 7,
         "users": 0,
+        "spare": 0,
         "api": 8,
     },
     "checkpoints": {

@@ -11,6 +11,7 @@ import msgspec
 
 from nbcache.checkpoints import names as catalogue
 from nbcache.checkpoints.folders import FolderKind, kind_of, read_pipeline
+from nbcache.client import spare
 from nbcache.client.fill import Grant, Wish, acquire, meaning_of, put_bytes, spellings
 from nbcache.client.options import Options, Share
 from nbcache.client.session import ProgressCallback, Session, expect
@@ -129,11 +130,17 @@ def manifest(key: str) -> Manifest:
 
 def evict(name: str | os.PathLike[str]) -> m.Evicted:
     """Drop an entry that nobody uses. EntryNotFound; EntryInUse, with who uses it; DaemonUnavailable."""
-    return _each(name, lambda names: _evict(m.Evict(names)))
+
+    def one(names: tuple[str, ...]) -> m.Evicted:
+        spare.let_go(names)
+        return _evict(m.Evict(names))
+
+    return _each(name, one)
 
 
 def evict_all() -> m.Evicted:
     """Drop every idle entry that can be read from its files again; saved ones go only by name. DaemonUnavailable."""
+    spare.let_go()
     return _evict(m.Evict(everything=True))
 
 
@@ -148,6 +155,7 @@ def free_gpu(name: str | os.PathLike[str] = "") -> m.Evicted:
 
 
 def _free_gpu(names: tuple[str, ...]) -> m.Evicted:
+    spare.let_go(names or None)
     with Session.open(start=False) as session:
         return expect(session.request(m.FreeGpu(names)), m.Evicted)[0]
 

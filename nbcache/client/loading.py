@@ -8,13 +8,14 @@ from collections.abc import Callable
 
 import torch
 
+from nbcache.client import spare
 from nbcache.client import tensors as edge
 from nbcache.client.device import find_device
 from nbcache.client.fill import Grant, Offer, Wish, acquire, reacquire, reacquire_by_name
 from nbcache.client.notices import NoSharedGpuMemory, notify
 from nbcache.client.options import Loaded, Options
 from nbcache.client.session import ProgressCallback
-from nbcache.errors import DriverError, ProtocolError
+from nbcache.errors import DeviceMemoryFull, DriverError, ProtocolError
 from nbcache.memory.shared import map_private
 
 Acquire = Callable[[Wish], Grant | Offer]
@@ -43,7 +44,12 @@ def _load(get: Acquire, options: Options, on_progress: ProgressCallback | None) 
         return over_host(_granted(get(Wish())), device, dtype, private=options.share == "private")
     try:
         gpu = find_device(device)
-        return gpu.load(get, dtype, options.share, on_progress)
+        while True:
+            try:
+                return gpu.load(get, dtype, options.share, on_progress)
+            except DeviceMemoryFull:
+                if not spare.let_go_oldest():
+                    raise
     except DriverError as error:
         notify(NoSharedGpuMemory, f"no shared GPU memory: {error}; copying to {device}")
         return over_host(_granted(get(Wish())), edge.real_device(device), dtype, private=True)

@@ -19,7 +19,7 @@ from IPython.core.magic import line_magic, magics_class, no_var_expand
 from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
 
 from nbcache import settings
-from nbcache.client import api
+from nbcache.client import api, spare
 from nbcache.client.options import SHARE_MODES
 from nbcache.client.weights import Weights, alive
 from nbcache.config import NBCache
@@ -148,7 +148,7 @@ class NBCacheMagics(MannerlyMagics):
         from nbcache.models.lora import load_lora
 
         args = parse_argstring(self.load_lora, line)
-        loaded = load_lora(self.the_shell.ev(unquoted(args.pipe)), unquoted(args.name), args.scale, unquoted(args.adapter))
+        loaded = load_lora(self._value_of(args.pipe), unquoted(args.name), args.scale, unquoted(args.adapter))
         self.say(lora_summary(loaded))
 
     @one_line_errors
@@ -167,7 +167,7 @@ class NBCacheMagics(MannerlyMagics):
         from nbcache.models.lora import unload_lora
 
         args = parse_argstring(self.unload_lora, line)
-        unload_lora(self.the_shell.ev(unquoted(args.pipe)), unquoted(args.adapter) if args.adapter else None)
+        unload_lora(self._value_of(args.pipe), unquoted(args.adapter) if args.adapter else None)
 
     @one_line_errors
     @magic_arguments()
@@ -230,6 +230,14 @@ class NBCacheMagics(MannerlyMagics):
         else:
             self.say(f"nbcache is {'on' if hooks.is_enabled() else 'off'}")
 
+    def _value_of(self, argument: str) -> object:
+        """What a variable or expression is. UsageError if it is none."""
+        text = unquoted(argument)
+        try:
+            return self.the_shell.ev(text)
+        except (NameError, SyntaxError) as error:
+            raise UsageError(f"{text}: {error.msg if isinstance(error, SyntaxError) else error}") from error
+
     def after_cell(self, result: ExecutionResult) -> None:
         """IPython calls this after each cell: let go of weights that it dropped; help where the GPU was full."""
         api.prepare()
@@ -238,7 +246,7 @@ class NBCacheMagics(MannerlyMagics):
             cow.sweep()
         if type(result.error_in_exec).__name__ == "OutOfMemoryError":
             with contextlib.suppress(NBCacheError):
-                idle = idle_slab_bytes(api.status())
+                idle = idle_slab_bytes(api.status()) + spare.nbytes()
                 if idle:
                     print(f"nbcache: {format_size(idle)} of GPU memory hold weights that no kernel uses: %weights free-gpu")  # noqa: T201
 

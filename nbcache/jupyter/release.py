@@ -13,6 +13,7 @@ from typing import Any
 
 from IPython.core.interactiveshell import InteractiveShell
 
+from nbcache.client import spare
 from nbcache.client.fill import spellings
 from nbcache.client.users import storage_of, users_of
 from nbcache.client.weights import Weights, alive
@@ -33,6 +34,7 @@ def release(shell: InteractiveShell, name: str) -> str:
         raise EntryNotFound(f"{name}: this kernel holds no weights of that name; it holds {others}")
     storages = frozenset(storage_of(tensor) for weights in held for tensor in weights.values())
     size = sum(weights.nbytes for weights in held)
+    spare.let_go({weights.name for weights in held})
     for weights in held:
         weights.release()
     del weights

@@ -6,13 +6,18 @@ cache's to know, where matrices go the plan's, what peft does the injection's.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import numbers
 import os
+import signal
+import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 
 import torch
 from torch import nn
@@ -22,7 +27,7 @@ from nbcache.client.tensors import uncollected
 from nbcache.errors import AdapterNotFound, InvalidOption, LoraError
 from nbcache.models import lora_inject
 from nbcache.models.lora_cache import Lora, find_lora
-from nbcache.models.lora_convert import Recipe
+from nbcache.models.lora_convert import BIAS, B, Recipe, brief
 from nbcache.models.lora_host import Host, host_of
 from nbcache.models.lora_plan import Plan, plan_of
 from nbcache.models.lora_slots import Arena
@@ -75,14 +80,57 @@ class Rack:
 _racks: weakref.WeakKeyDictionary[nn.Module, Rack] = weakref.WeakKeyDictionary()
 
 
+_injected: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+"""The adapters of ours that each single model may have, also where the rack's model is another by now."""
+
+
 def rack_of(host: Host) -> Rack:
     """The rack of a pipeline's denoiser, or of a model. Adapters that others took out or replaced are forgotten."""
     rack = _racks.setdefault(host.root, Rack())
-    for name in [name for name, adapter in rack.adapters.items() if not adapter.plan.stands]:
-        rack.forget(name)
+    for name, adapter in list(rack.adapters.items()):
+        adapter.plan.keep_to(host.components)
+        if not adapter.plan.stands:
+            rack.forget(name)
+            _mark(host, name, False)
     return rack
 
 
+def _mark(host: Host, adapter: str, ours: bool) -> None:
+    """Note that the models may have an adapter of ours of this name, or that they have none."""
+    for model in host.components.values():
+        names = _injected.setdefault(model, set())
+        (names.add if ours else names.discard)(adapter)
+
+
+def _left_over(host: Host, rack: Rack) -> list[str]:
+    """Adapters of ours that are in some of the models and in no rack: the pipeline was given others in their places."""
+    return [
+        name
+        for name in sorted(lora_inject.adapters_in(host) - rack.adapters.keys())
+        if all(
+            name in _injected.get(model, ()) for model in host.components.values() if name in getattr(model, "peft_config", {})
+        )
+    ]
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """What Ctrl-C interrupts is what comes after this: a pipeline is never left with half of a LoRA."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    said: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: said.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if said:
+            handler(*said[-1])
+
+
+@torch.inference_mode(False)
 @torch.no_grad()
 @uncollected()
 def load_lora(pipe: object, name: str | os.PathLike[str], scale: float = 1.0, adapter: str = ADAPTER) -> LoadedLora:
@@ -94,7 +142,8 @@ def load_lora(pipe: object, name: str | os.PathLike[str], scale: float = 1.0, ad
     Parameters
     ----------
     pipe : a pipeline of diffusers (FLUX, SD3, SDXL, SD1.5 and others), or a model of transformers or peft
-    name : a ``.safetensors`` file, or a folder with one, in any layout that diffusers converts
+    name : a ``.safetensors`` file (or one of ``torch.save``), a folder with one, or an alias; in any layout that diffusers
+        converts
     scale : what to multiply its effect by
     adapter : which adapter it is to be, for :func:`set_lora` and for several at once
 
@@ -109,10 +158,11 @@ def load_lora(pipe: object, name: str | os.PathLike[str], scale: float = 1.0, ad
     host = host_of(pipe)
     rack = rack_of(host)
     held = rack.adapters.get(adapter)
-    if held is None and adapter in lora_inject.adapters_in(host):
+    is_left = held is None and adapter in _left_over(host, rack)
+    if held is None and not is_left and adapter in lora_inject.adapters_in(host):
         raise LoraError(f"adapter {adapter!r} was loaded by other means; choose another name, or delete it first")
     if held is not None:
-        held.plan.check_unfused()
+        held.plan.check_unfused(by_others=True)
         for part in held.plan.parts:
             part.compiled = part.component in host.compiled
     lora = find_lora(name, host.family, host.device)
@@ -120,9 +170,15 @@ def load_lora(pipe: object, name: str | os.PathLike[str], scale: float = 1.0, ad
         lora = _without_missing(lora, host)
     swaps = held is not None and _fits(held, lora, host)
     if swaps and held is not None:
-        held.plan.write(lora, scale)
-        held.source, held.scale = lora.source, scale
+        with _undisturbed():
+            held.plan.write(lora, scale)
+            held.source, held.scale = lora.source, scale
+            if not held.plan.is_active:
+                lora_inject.activate(host, [*lora_inject.active_in(host), adapter])
     else:
+        if is_left:
+            lora_inject.check_unfused(host)
+            lora_inject.take_out(host, [adapter])
         _inject(host, rack, adapter, lora, scale)
     held = rack.adapters[adapter]
     if held.noted != (lora.ranks, lora.recipe) and not any(part.padded for part in held.plan.parts):
@@ -134,25 +190,30 @@ def load_lora(pipe: object, name: str | os.PathLike[str], scale: float = 1.0, ad
     )  # fmt: skip
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def set_lora(pipe: object, scales: Mapping[str, float]) -> None:
     """Let exactly these adapters take part, each with its scale; others stay loaded and add nothing.
 
     AdapterNotFound for one that :func:`load_lora` did not load; LoraFused; InvalidOption.
     """
+    if not isinstance(scales, Mapping):
+        raise InvalidOption(f"scales {scales!r}: not a dict of adapters and numbers, such as {{'{ADAPTER}': 0.8}}")
     host = host_of(pipe)
     rack = rack_of(host)
     for name, scale in scales.items():
         _check_names(name, scale)
-        _held(rack, name).plan.check_unfused()
-    for name, scale in scales.items():
-        held = rack.adapters[name]
-        held.plan.scale(scale)
-        held.scale = scale
-    if lora_inject.active_in(host) != list(scales):
-        lora_inject.activate(host, list(scales))
+        _held(rack, name).plan.check_unfused(by_others=True)
+    with _undisturbed():
+        for name, scale in scales.items():
+            held = rack.adapters[name]
+            held.plan.scale(scale)
+            held.scale = scale
+        if lora_inject.active_in(host) != list(scales):
+            lora_inject.activate(host, list(scales))
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def unload_lora(pipe: object, adapter: str | None = None) -> None:
     """Take an adapter out of a pipeline, or all that :func:`load_lora` put there. With the last, the models are as before.
@@ -161,15 +222,40 @@ def unload_lora(pipe: object, adapter: str | None = None) -> None:
     """
     host = host_of(pipe)
     rack = rack_of(host)
-    names = list(rack.adapters) if adapter is None else [adapter]
+    left = _left_over(host, rack)
+    names = [*rack.adapters, *left] if adapter is None else [adapter]
     for name in names:
-        _held(rack, name).plan.check_unfused()
+        if name not in left:
+            _held(rack, name).plan.check_unfused()
     if names:
-        staying = [name for name in lora_inject.active_in(host) if name not in names]
-        lora_inject.take_out(host, names)
-        lora_inject.activate(host, staying)
-    for name in names:
+        with _undisturbed():
+            active = [name for name in lora_inject.active_in(host) if name not in names]
+            _take_out(host, rack, names)
+            lora_inject.activate(host, active)
+
+
+def _take_out(host: Host, rack: Rack, names: Sequence[str]) -> None:
+    """Take adapters of ours out. What they replaced comes back with the last adapter alone: others are put in again after it.
+
+    LoraError, and nothing is done, where those others are not ours.
+    """
+    staying = lora_inject.adapters_in(host) - set(names)
+    replacing = [name for name in names if name in rack.adapters and rack.adapters[name].replaces]
+    again: dict[str, _Adapter] = {}
+    if replacing and staying:
+        if foreign := staying - rack.adapters.keys():
+            raise LoraError(
+                f"adapter {replacing[0]!r} has replaced parameters, which come back with the last adapter alone; "
+                f"{', '.join(sorted(foreign))} was loaded by other means: delete it first"
+            )
+        again = {name: held for name, held in rack.adapters.items() if name in staying}
+    loras = {name: find_lora(held.source, host.family, host.device) for name, held in again.items()}
+    lora_inject.take_out(host, [*names, *again])
+    for name in (*names, *again):
         rack.forget(name)
+        _mark(host, name, False)
+    for name, held in again.items():
+        _inject(host, rack, name, _without_missing(loras[name], host), held.scale)
 
 
 def _held(rack: Rack, name: str) -> _Adapter:
@@ -183,7 +269,7 @@ def _held(rack: Rack, name: str) -> _Adapter:
 def _check_names(adapter: str, scale: float) -> None:
     if not isinstance(adapter, str) or not adapter or "." in adapter:
         raise InvalidOption(f"adapter {adapter!r}: a name without a dot")
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not math.isfinite(scale):
         raise InvalidOption(f"scale {scale!r} of adapter {adapter!r}: not a finite number")
 
 
@@ -225,27 +311,42 @@ def _inject(host: Host, rack: Rack, adapter: str, lora: Lora, scale: float) -> N
     held = rack.adapters.get(adapter)
     lora_inject.check_unfused(host)
     active = [name for name in lora_inject.active_in(host) if name != adapter]
-    state, arenas = _room(host, lora, held.plan if held else None)
-    if held is not None:
-        lora_inject.take_out(host, [adapter])
-        rack.forget(adapter)
-        for part in held.plan.parts:
-            if part.padded:
-                lora_inject.pad_again(host, part.component, max(part.rank, *lora.ranks.values()))
-    try:
-        lora_inject.inject(host, adapter, state)
-        del state
-        plan = plan_of(adapter, host.components)
-        for part in plan.parts:
-            part.arena = arenas.get(part.component)
-        plan.write(lora, scale)
-    except BaseException:
+    state, arenas = _room(host, lora, held.plan if held and not held.replaces else None)
+    with _undisturbed():
         if held is not None:
-            _inject(host, rack, adapter, find_lora(held.source, host.family, host.device), held.scale)
-        raise
-    keep_bases(target.layer for target in plan.targets)
-    rack.adapters[adapter] = _Adapter(plan, lora.source, scale, lora_inject.replaces_parameters(lora, host))
-    lora_inject.activate(host, [*active, adapter])
+            _take_out(host, rack, [adapter])
+            for part in held.plan.parts:
+                if part.padded:
+                    lora_inject.pad_again(host, part.component, max(part.rank, *lora.ranks.values()))
+        for why in lora_inject.pad_as_needed(host, lora):
+            notify(LoraReinjected, f"{lora.source}: {why}")
+        _mark(host, adapter, True)
+        try:
+            lora_inject.inject(host, adapter, state)
+            del state
+            plan = plan_of(adapter, host.components)
+            for part in plan.parts:
+                part.arena = arenas.get(part.component)
+            plan.write(lora, scale)
+        except BaseException as error:
+            with contextlib.suppress(Exception):
+                lora_inject.take_out(host, [adapter])
+            if held is not None:
+                _put_back(host, rack, adapter, held, error)
+            raise
+        keep_bases(target.layer for target in plan.targets)
+        rack.adapters[adapter] = _Adapter(plan, lora.source, scale, lora_inject.replaces_parameters(lora, host))
+        lora_inject.activate(host, [*active, adapter])
+
+
+def _put_back(host: Host, rack: Rack, adapter: str, held: _Adapter, error: BaseException) -> None:
+    """What the adapter had. LoraError if that cannot be had any more either."""
+    try:
+        _inject(host, rack, adapter, find_lora(held.source, host.family, host.device), held.scale)
+    except Exception as second:
+        raise LoraError(
+            f"{brief(error)}; what adapter {adapter!r} had, {held.source}, could not be put back: {brief(second)}"
+        ) from second
 
 
 def _room(host: Host, lora: Lora, former: Plan | None) -> tuple[dict[str, torch.Tensor], dict[str, Arena]]:
@@ -256,6 +357,7 @@ def _room(host: Host, lora: Lora, former: Plan | None) -> tuple[dict[str, torch.
     state = {name: lora.tensors[name].clone() for name in lora.recipe.others}
     shapes = {name: tuple(tensor.shape) for name, tensor in lora.tensors.items() if name not in state}
     shapes = (former.least if former is not None else {}) | shapes
+    shapes |= _biases(shapes)
     arenas = {part.component: part.arena for part in former.parts if part.arena is not None} if former is not None else {}
     for component in host.components:
         mine = {name: shape for name, shape in shapes.items() if name.startswith(f"{component}.")}
@@ -269,3 +371,10 @@ def _room(host: Host, lora: Lora, former: Plan | None) -> tuple[dict[str, torch.
         torch._foreach_zero_(cut)
         state |= dict(zip(mine, cut, strict=True))
     return state, arenas
+
+
+def _biases(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """A bias for every module of a component where one has a bias: peft makes all or none."""
+    components = {name.partition(".")[0] for name in shapes if name.endswith(BIAS)}
+    modules = {name.removesuffix(B): shape for name, shape in shapes.items() if name.endswith(B)}
+    return {f"{module}{BIAS}": shape[:1] for module, shape in modules.items() if module.partition(".")[0] in components}

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pickle
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,17 +18,21 @@ from pathlib import Path
 import msgspec
 import torch
 
+from nbcache.checkpoints import names as catalogue
 from nbcache.checkpoints.catalog import Checkpoint, resolve
+from nbcache.client import spare
 from nbcache.client import tensors as edge
 from nbcache.client.api import free_gpu
+from nbcache.client.fill import meaning_of
 from nbcache.client.options import Loaded, Options
 from nbcache.client.weights import Weights
 from nbcache.config import lora_gpu_limit_bytes
 from nbcache.errors import CheckpointInvalid, LoraMismatch, NBCacheError, UnsupportedFormat
 from nbcache.manifest import Fingerprint, Member
 from nbcache.models.derived import Derived, Made, name_of
-from nbcache.models.lora_convert import METADATA_KEY, A, Family, Recipe, convert
+from nbcache.models.lora_convert import METADATA_KEY, A, Family, Recipe, brief, convert
 
+TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 CONFIG = "adapter_config.json"
 """Beside a LoRA that peft saved: its alpha and the like."""
 
@@ -58,7 +63,7 @@ def find_lora(name: str | os.PathLike[str], family: Family, device: torch.device
 
     CheckpointError and its kinds, UnsupportedFormat; HostMemoryFull, DeviceMemoryFull, DaemonError.
     """
-    derived = _derived(os.fspath(name), family)
+    derived = _derived(name, family)
     if _on_gpu_tier(device):
         return _hot.find(derived, device)
     return _lora(derived, *derived.obtain(Options(str(device))))
@@ -82,8 +87,10 @@ def _config_beside(file: Member) -> Member | None:
         return None
 
 
-def _derived(path: str, family: Family) -> Derived:
+def _derived(name: str | os.PathLike[str], family: Family) -> Derived:
     """The entry that is made of a LoRA for such a pipeline."""
+    text, meaning = meaning_of(name)
+    path = catalogue.find(text) if meaning.repo_id else meaning.path if meaning.aliased else text
     checkpoint = resolve(path)
     (file,) = _only(checkpoint)
     config = _config_beside(file)
@@ -93,19 +100,35 @@ def _derived(path: str, family: Family) -> Derived:
 
 def _convert(path: str, file: Member, config: Member | None, family: Family) -> Made:
     """What comes of the file."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        text = Path(config.path).read_text() if config else ""
-        with safe_open(file.path, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
+        text = Path(config.path).read_text(encoding="utf-8") if config else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointInvalid(f"{os.path.join(os.path.dirname(file.path), CONFIG)}: {error}") from error
+    tensors, metadata = _read(file.path)
+    try:
         converted, recipe = convert(tensors, metadata, text, family)
-    except SafetensorError as error:
-        raise CheckpointInvalid(f"{file.path}: {error}") from error
     except (UnsupportedFormat, LoraMismatch) as error:
         raise type(error)(f"{path}: {error}") from error
     return Made(converted, {METADATA_KEY: msgspec.json.encode(recipe).decode()})
+
+
+def _read(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """A file's tensors and metadata, by the stock readers. CheckpointInvalid; UnsupportedFormat for what needs code."""
+    from safetensors import SafetensorError, safe_open
+
+    if path.endswith(TORCH_SUFFIXES):
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            raise UnsupportedFormat(f"{path}: torch.load with weights_only says {brief(error)}") from error
+        if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
+            raise UnsupportedFormat(f"{path}: not a dict of tensors, as a LoRA is")
+        return found, {}
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118 - no mapping
+    except SafetensorError as error:
+        raise CheckpointInvalid(f"{path}: {error}") from error
 
 
 def _lora(derived: Derived, loaded: Loaded, converted: bool) -> Lora:
@@ -129,7 +152,7 @@ class HotLoras:
     -----
     Each holds a read-only map of the daemon's slab, and the lease on it. Beyond the limit the least recently used are let go,
     and their slabs freed unless another process uses them: they are in pinned host memory still. The one that was asked for
-    last stays, whatever its size. Not locked: one thread at a time.
+    last stays, whatever its size. All give way to loads of this process that do not fit. Not locked: one thread at a time.
     """
 
     def __init__(self) -> None:
@@ -157,16 +180,27 @@ class HotLoras:
     def keep_within(self, limit_bytes: int) -> None:
         """Let go of the least recently used until the others fit; the last used stays."""
         while len(self._held) > 1 and self.nbytes > limit_bytes:
-            self._let_go(next(iter(self._held)))
+            entry = next(iter(self._held))[0]
+            self.let_go_oldest()
+            _free_slab(entry)
 
     def clear(self) -> None:
-        """Let go of all."""
-        while self._held:
-            self._let_go(next(iter(self._held)))
+        """Let go of all, and free their slabs."""
+        entries = {entry for entry, _ in self._held}
+        self.let_go()
+        for entry in entries:
+            _free_slab(entry)
 
-    def _let_go(self, key: tuple[str, str]) -> None:
-        self._held.pop(key)[0].release()  # the map and the lease go with the last reference, which this was
-        _free_slab(key[0])
+    def let_go(self, names: Collection[str] | None = None) -> bool:
+        """See :class:`nbcache.client.spare.Keeper`."""
+        keys = [key for key in self._held if names is None or key[0] in names]
+        for key in keys:
+            self._held.pop(key)[0].release()  # the map and the lease go with the last reference, which this was
+        return bool(keys)
+
+    def let_go_oldest(self) -> bool:
+        """See :class:`nbcache.client.spare.Keeper`."""
+        return bool(self._held) and self.let_go({next(iter(self._held))[0]})
 
 
 def _free_slab(entry: str) -> None:
@@ -177,6 +211,7 @@ def _free_slab(entry: str) -> None:
 
 
 _hot = HotLoras()
+spare.register(_hot)
 
 
 def hot() -> HotLoras:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -25,6 +26,10 @@ CONVERTER_VERSION = 1
 
 A, B, BIAS = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias"
 METADATA_KEY = "nbcache.lora"
+DOWN_MARKS = (".lora_down.", ".lora_A.", ".lora.down.", "_lora.down.", ".lora_linear_layer.down.")
+"""What the names of a LoRA's first matrices have, by layout."""
+QUOTED = 200
+"""Characters of a library's error that ours quotes."""
 
 Tensors = dict[str, torch.Tensor]
 
@@ -84,10 +89,11 @@ def convert(
     for kind, mark in (("DoRA", "dora_scale"), ("DoRA", "lora_magnitude_vector"), ("LoKr", "lokr_"), ("LoHa", "hada_")):
         if any(mark in name for name in tensors):
             raise UnsupportedFormat(f"a {kind}, which has more than two matrices a module; load it with pipe.load_lora_weights")
+    _check_alphas(tensors)
     try:
         parts = list(_of_pipeline(tensors, metadata, family) if family.loader else _of_peft(tensors, config))
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, IndexError) as error:
-        raise UnsupportedFormat(f"not a LoRA that the stock converters read: {type(error).__name__}: {error}") from error
+        raise UnsupportedFormat(f"not a LoRA that the stock converters read: {brief(error)}") from error
     found: Tensors = {}
     alphas: dict[str, float] = {}
     for part in parts:
@@ -95,8 +101,32 @@ def convert(
         alphas |= part.alphas
     if not alphas:
         raise UnsupportedFormat(f"not a LoRA: none of its {len(tensors)} tensors is a LoRA's")
+    for module, alpha in alphas.items():
+        if not math.isfinite(alpha):
+            raise UnsupportedFormat(f"not a LoRA: {module} has alpha {alpha}")
     others = tuple(name for name in found if not name.endswith((A, B, BIAS)))
+    if nameless := [name for name in found if ".lora_" in name and name.rpartition(".lora_")[0] not in alphas]:
+        raise UnsupportedFormat(f"not a LoRA: {nameless[0]} is of no module")
     return found, Recipe(alphas, tuple(part.component for part in parts if part.rooted), others)
+
+
+def brief(error: BaseException) -> str:
+    """What an error of a library's says, in a line: some quote whole files."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:QUOTED]}{'...' if len(text) > QUOTED else ''}"
+
+
+def _check_alphas(tensors: Mapping[str, torch.Tensor]) -> None:
+    """UnsupportedFormat for an alpha below zero: diffusers' converters would never end."""
+    for name, tensor in tensors.items():
+        if name.endswith(".alpha") and tensor.numel() == 1 and not 0 <= float(tensor) < math.inf:
+            raise UnsupportedFormat(f"not a LoRA: {name} is {float(tensor)}")
+
+
+def _modules_of(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """The modules that a LoRA of any layout names, a text encoder's last; none if it is no LoRA."""
+    found = {name.partition(mark)[0]: None for name in tensors for mark in DOWN_MARKS if mark in name}
+    return sorted(found, key=lambda name: name.startswith(("lora_te", "text_encoder")))
 
 
 @dataclass(frozen=True)
@@ -118,7 +148,15 @@ def _of_pipeline(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
         wanted["return_alphas"] = True
     if family.unet_config is not None:
         wanted["unet_config"] = family.unet_config
-    answer = family.loader.lora_state_dict(dict(tensors), **wanted)
+    try:
+        answer = family.loader.lora_state_dict(dict(tensors), **wanted)
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, IndexError) as error:
+        if not (modules := _modules_of(tensors)):
+            raise
+        raise LoraMismatch(
+            f"not a LoRA for a {family.loader.__name__} that the stock converters read: the first of its {len(modules)} "
+            f"modules are {', '.join(modules[:3])} ({brief(error)}); the pipeline is as it was"
+        ) from error
     state, alphas = answer[0], (answer[1] if len(answer) == 3 else None) or {}
     alphas = {name: float(alpha) for name, alpha in alphas.items()}
     _check_addressed(state, family.components)
@@ -217,11 +255,12 @@ def _of_peft(tensors: Mapping[str, torch.Tensor], config: str) -> Iterator[_Part
 
 def _check_pairs(tensors: Tensors) -> None:
     for name in tensors:
+        for mine, other in ((A, B), (B, A)):
+            if name.endswith(mine) and name.removesuffix(mine) + other not in tensors:
+                raise UnsupportedFormat(f"not a whole LoRA: {name} has no {other.removeprefix('.')} beside it")
         if not name.endswith(A):
             continue
         module = name.removesuffix(A)
-        if module + B not in tensors:
-            raise UnsupportedFormat(f"not a whole LoRA: {module} has a lora_A and no lora_B")
         a, b = tensors[name], tensors[module + B]
-        if a.ndim < 2 or b.ndim < 2 or a.shape[0] != b.shape[1]:
+        if a.ndim < 2 or b.ndim < 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
             raise UnsupportedFormat(f"not a LoRA: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}")

@@ -21,7 +21,8 @@ class KeepsBase:
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As peft's, into copies of the base's parameters; those that were there are kept."""
         layer: Any = self
-        if not layer.merged_adapters:
+        coming = [name for name in adapter_names or layer.active_adapters if name in layer.lora_A]
+        if coming and not layer.merged_adapters:
             layer.__dict__["_base"] = kept = _parameters(layer)
             for name, parameter in layer.get_base_layer()._parameters.items():
                 if name in kept:
@@ -37,7 +38,7 @@ class KeepsBase:
             return
         for name, parameter in layer.get_base_layer()._parameters.items():
             if name in kept:
-                parameter.data = kept[name].to(parameter.device)
+                parameter.data = kept[name].to(parameter.device, parameter.dtype)
         layer.merged_adapters.clear()
 
 

@@ -49,14 +49,19 @@ def host_of(pipe: object) -> Host:
         raise LoraError("LoRAs need peft: pip install peft") from error
     if isinstance(pipe, nn.Module):
         model, is_compiled = _unwrapped(pipe)
+        if next(model.parameters(), None) is None:
+            raise InvalidOption(f"a {type(model).__name__} takes no LoRAs: it has no parameters")
         base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         return Host(model, {"model": base}, Family(("model",)), frozenset({"model"} if is_compiled else ()))
     names = tuple(getattr(pipe, "_lora_loadable_modules", ()))
-    if not names or not hasattr(pipe, "load_lora_weights"):
-        raise InvalidOption(f"a {type(pipe).__name__} takes no LoRAs: give a pipeline of diffusers that does, or a model")
+    if not names or not hasattr(pipe, "load_lora_weights") or isinstance(pipe, type):
+        what = f"the class {pipe.__name__}" if isinstance(pipe, type) else f"a {type(pipe).__name__}"
+        raise InvalidOption(f"{what} takes no LoRAs: give a pipeline of diffusers that does, or a model")
     found = {name: getattr(pipe, name, None) for name in names}
     unwrapped = {name: _unwrapped(model) for name, model in found.items() if isinstance(model, nn.Module)}
     components = {name: model for name, (model, _) in unwrapped.items()}
+    if not components:
+        raise InvalidOption(f"this {type(pipe).__name__} has none of the models that take LoRAs: {', '.join(names)}")
     compiled = frozenset(name for name, (_, was) in unwrapped.items() if was)
     nested = tuple(name for name, model in components.items() if "text_encoder" in name and hasattr(model, "text_model"))
     family = Family(names, type(pipe), _unet_config(pipe, components), nested)

@@ -23,7 +23,7 @@ from torch import nn
 from nbcache.errors import LoraError, LoraFused, LoraMismatch
 from nbcache.models import lean
 from nbcache.models.lora_cache import Lora
-from nbcache.models.lora_convert import A, B
+from nbcache.models.lora_convert import A, B, brief
 from nbcache.models.lora_host import Host
 from nbcache.models.packages import building
 
@@ -104,7 +104,7 @@ def inject(host: Host, adapter: str, tensors: Mapping[str, torch.Tensor]) -> Non
     except Exception as error:
         with contextlib.suppress(Exception), _quiet():
             take_out(host, [adapter])
-        raise LoraError(f"adapter {adapter!r} could not be injected: {type(error).__name__}: {error}") from error
+        raise LoraError(f"adapter {adapter!r} could not be injected: {brief(error)}") from error
 
 
 def _inject_into_model(host: Host, adapter: str, state: Mapping[str, torch.Tensor]) -> None:
@@ -192,6 +192,16 @@ def pad_again(host: Host, component: str, rank: int) -> None:
     model = host.components[component]
     if hasattr(model, "_prepare_lora_hotswap_kwargs"):
         model._prepare_lora_hotswap_kwargs = {"target_rank": rank, "check_compiled": "ignore"}  # type: ignore[assignment]
+
+
+def pad_as_needed(host: Host, lora: Lora) -> Iterator[str]:
+    """Have components that are to be padded (``enable_lora_hotswap``) padded to the LoRA's rank at least; why, in words."""
+    for component, model in host.components.items():
+        asked = getattr(model, "_prepare_lora_hotswap_kwargs", None)
+        rank = max((rank for name, rank in lora.ranks.items() if name.startswith(f"{component}.")), default=0)
+        if asked and rank > asked["target_rank"]:
+            yield f"its rank {rank} is above the target rank {asked['target_rank']}; the adapter is padded to {rank}"
+            pad_again(host, component, rank)
 
 
 def activate(host: Host, adapters: Sequence[str]) -> None:

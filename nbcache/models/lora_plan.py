@@ -11,6 +11,7 @@ LoRA and no further. Padded buffers (``enable_lora_hotswap``) and compiled modul
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -69,6 +70,8 @@ class Part:
         self.compiled = False
         self.arena: Arena | None = None
         self.slots = [slot for target in targets for slot in target.slots()]
+        self.least = {slot.name: slot.least for slot in self.slots}
+        """The least shape that each parameter may have, by the name of the LoRA's tensor."""
         self._adapter = adapter
         self._blocks = blocks
         self._places = [target.place() for target in targets]
@@ -138,6 +141,7 @@ class Part:
         else:
             self._cut_anew(reading, sources, present)
         if reading.settings != self._settled:
+            self._settled = []  # until all are
             for target, (alpha, rank, rooted) in zip(self.targets, reading.settings, strict=True):
                 target.settle(self._adapter, alpha, rank, rooted, sizes=not self.padded)
             self._settled = reading.settings
@@ -170,35 +174,64 @@ class Plan:
 
     Notes
     -----
-    Holds peft's layers, not the models; :attr:`stands` tells whether they are still theirs. :meth:`write` either writes all or
-    raises before the first. Under torch.no_grad alone.
+    Holds peft's layers, but neither the models nor, once a model is gone, its part; :attr:`stands` tells whether the layers are
+    still theirs. :meth:`write` either writes all or raises before the first. Under torch.no_grad alone.
     """
 
-    def __init__(self, adapter: str, parts: Sequence[Part]) -> None:
+    def __init__(self, adapter: str, parts: Mapping[nn.Module, Part]) -> None:
         self.adapter = adapter
-        self.parts = parts
-        self.least = {slot.name: slot.least for part in parts for slot in part.slots}
-        """The least shape that each parameter may have, by the name of the LoRA's tensor."""
-        self.targets = [target for part in parts for target in part.targets]
-        """The modules that have the adapter."""
+        self._parts = weakref.WeakKeyDictionary(parts)
+        self._counted = len(parts)
         self._readings: dict[str, list[Reading] | None] = {}
 
     @property
-    def stands(self) -> bool:
-        """Whether every module still has the adapter where it was."""
-        return all([part.stands for part in self.parts])
+    def parts(self) -> list[Part]:
+        """Those of the models that are there still."""
+        return list(self._parts.values())
 
-    def check_unfused(self) -> None:
-        """LoraFused if the adapter is in the base weights."""
+    @property
+    def targets(self) -> list[Target]:
+        """The modules that have the adapter."""
+        return [target for part in self.parts for target in part.targets]
+
+    @property
+    def least(self) -> dict[str, tuple[int, ...]]:
+        """See :attr:`Part.least`; of all."""
+        return {name: shape for part in self.parts for name, shape in part.least.items()}
+
+    def keep_to(self, components: Mapping[str, nn.Module]) -> None:
+        """Forget the parts of models that these are not: somebody gave the pipeline others in their places."""
+        for model, part in list(self._parts.items()):
+            if components.get(part.component) is not model:
+                del self._parts[model]
+
+    @property
+    def stands(self) -> bool:
+        """Whether there is a module left, and every one still has the adapter where it was."""
+        parts = self.parts
+        return bool(parts) and all([part.stands for part in parts])
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the adapter takes part, by a layer of each part."""
+        return all([self.adapter in part.targets[0].layer.active_adapters for part in self.parts])
+
+    def check_unfused(self, by_others: bool = False) -> None:
+        """LoraFused if the adapter is in the base weights; or, ``by_others``, any is, beside which it would add nothing."""
         for target in self.targets:
-            if self.adapter in target.layer.merged_adapters:
-                raise LoraFused(
-                    f"adapter {self.adapter!r} is fused into the base weights (at {target.name}); unfuse it first "
-                    "(pipe.unfuse_lora())"
-                )
+            if merged := target.layer.merged_adapters:
+                fused = self.adapter if self.adapter in merged else ", ".join(merged)
+                if by_others or self.adapter in merged:
+                    raise LoraFused(
+                        f"adapter {fused!r} is fused into the base weights (at {target.name}); unfuse it first "
+                        "(pipe.unfuse_lora())"
+                    )
 
     def _read(self, lora: Lora) -> list[Reading] | None:
         """The LoRA by each part; None if one cannot hold it. Remembered by its entry."""
+        if len(self._parts) != self._counted:  # a model has gone
+            self._counted = len(self._parts)
+            self._readings.clear()
         if lora.entry not in self._readings:
             while len(self._readings) >= READINGS_KEPT:
                 del self._readings[next(iter(self._readings))]
@@ -271,7 +304,7 @@ def plan_of(adapter: str, components: Mapping[str, nn.Module]) -> Plan:
     """The plan of an adapter that is injected into these components."""
     from peft.tuners.lora import LoraLayer
 
-    parts = []
+    parts: dict[nn.Module, Part] = {}
     for component, model in components.items():
         targets, blocks = [], []
         modules = dict(model.named_modules())
@@ -283,5 +316,5 @@ def plan_of(adapter: str, components: Mapping[str, nn.Module]) -> Plan:
             elif module._modules and path and ".lora_" not in path:  # not the root, whose life this must not prolong
                 blocks.append(module)
         if targets:
-            parts.append(Part(component, adapter, targets, blocks))
+            parts[model] = Part(component, adapter, targets, blocks)
     return Plan(adapter, parts)

@@ -326,7 +326,7 @@ def test_what_is_no_lora_is_refused(write, tmp_path):
     half = {name: tensor for name, tensor in dora.items() if name.endswith("lora_A.weight")}
     cases = {
         write.save("dora", dora): "a DoRA",
-        write.save("half", half): "a lora_A and no lora_B",
+        write.save("half", half): "has no lora_B.weight beside it",
         write.save("none", {"weight": torch.zeros(3)}): "not a LoRA",
     }
     for path, words in cases.items():

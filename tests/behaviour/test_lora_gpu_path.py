@@ -100,3 +100,48 @@ places = [p.data_ptr() for n, p in pipe.transformer.named_parameters() if "lora"
 [part.arena.size_bytes == size, all(block <= place < block + size for place in places)]
 """
     assert kernel.run(run) == [True, True]
+
+
+@pytest.fixture
+def tight(runtime_dir, monkeypatch):
+    """A kernel on a GPU with room for two of the three LoRAs, of 4 MB each in slabs, and a limit that would allow all."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("NBCACHE_TEST_DRIVER", "tests.support.emulated:make")
+    monkeypatch.setenv("NBCACHE_TEST_GPU_BYTES", str(9 << 20))
+    monkeypatch.setenv("NBCACHE_GPU_LOW_WATERMARK", "0")
+    with Interpreter() as kernel:
+        kernel.run(KERNEL)
+        yield kernel
+
+
+def test_hot_loras_give_way_to_one_that_does_not_fit(tight, tmp_path):
+    write = Writer(tmp_path)
+    paths = [write.diffusers(name, flux(), 300, only="transformer") for name in "abc"]
+    for path in [*paths, paths[0], paths[1]]:
+        assert tight.run(f"nbcache.load_lora(pipe, {path!r})\nalike(pipe, stock({path!r}))")
+    assert set(slabs()) == {"a", "b"}
+
+
+MODEL = """
+from safetensors.torch import save_file
+def model(path):
+    save_file({f"w{number}": torch.ones(1 << 17) for number in range(14)}, path)
+    return path
+"""
+
+
+def test_hot_loras_give_way_to_a_model_and_to_who_frees_the_gpu(tight, tmp_path):
+    lora = Writer(tmp_path).diffusers("a", flux(), 300, only="transformer")
+    model = str(tmp_path / "model.safetensors")
+    tight.run(MODEL)
+    hot = f"nbcache.load_lora(pipe, {lora!r}); nbcache.unload_lora(pipe); None"
+    tight.run(hot)
+    assert slabs()["a"] == ("resident", 1)
+    assert tight.run(f"w = nbcache.load(model({model!r}), device='cuda'); len(w)") == 14
+    assert set(slabs()) == {"/"}  # the model, by its path
+    tight.run("del w; gc.collect()")
+    for action in ("free_gpu()", "free_gpu(name)", "evict(name)", "evict_all()"):
+        tight.run(hot)
+        tight.run("name = next(entry.name for entry in nbcache.status().entries if entry.name[0] == 'a')")
+        assert tight.run(f"from nbcache.client import api; api.{action}.freed_bytes > 0"), action
+        assert "a" not in slabs(), action
