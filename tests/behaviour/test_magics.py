@@ -237,4 +237,6 @@ def test_loras_by_magic(runtime_dir, tmp_path):
         assert kernel.run("pipe.get_list_adapters()") == "{}"
         assert_usage_error(kernel.try_run(f"%load_lora {wrong} pipe"), "wrong.safetensors", "the pipeline is as it was")
         assert_usage_error(kernel.try_run("%unload_lora pipe more"), "no adapter 'more'", "loaded: none")
+        assert_usage_error(kernel.try_run("%load_lora first.safetensors nopipe"), "'nopipe' is not defined")
+        assert_usage_error(kernel.try_run("%unload_lora pipe("), "pipe(: ")
         assert_usage_error(kernel.try_run("%load_lora missing.safetensors pipe"), "no such file")
