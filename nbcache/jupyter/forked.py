@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import ctypes
 import fcntl
+import gc
 import importlib
 import io
 import os
@@ -24,13 +25,17 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, TextIO
 
 from nbcache.jupyter import handover, proof
 
 ABOVE = 200
 """Descriptors that are in the way are moved to numbers from here on."""
+UNLIMITED_STACK_BYTES = 2 << 20
+"""What glibc gives threads where the stack has no limit, on x86-64."""
+SIZE_OF_ATTRIBUTES = 128
+"""Room for a ``pthread_attr_t``: 56 bytes on x86-64, 64 on Arm."""
 START_ERROR = 121
 """Exit status of a process that did not get as far as to be a kernel. Nobody sees it: the launcher starts an ordinary one."""
 
@@ -82,10 +87,13 @@ class Birth:
             self._job.send(packet[: handover.MAX_PACKET_BYTES])
 
 
-def live(job: socket.socket, prepare: Callable[[], None] | None, variables: Mapping[str, str]) -> NoReturn:
+def live(
+    job: socket.socket, prepare: Callable[[], None] | None, variables: Mapping[str, str], anew: Iterable[str] = ()
+) -> NoReturn:
     """What a forked process does with its life. ``prepare`` is done before the request comes, if given.
 
-    ``variables`` are those that a kernel's own modules set in its environment when they are imported.
+    ``variables`` are those that a kernel's own modules set in its environment when they are imported; ``anew`` the modules that
+    it is to import itself, if it wants them.
     """
     birth = Birth(job)
     try:
@@ -95,6 +103,7 @@ def live(job: socket.socket, prepare: Callable[[], None] | None, variables: Mapp
         inherit(request)
         begin_anew(request)
         os.environ.update(variables)
+        forget_modules(anew)
         birth.watch()
         _adapt_kernel(lambda: birth.tell(handover.SERVING))
     except Exception as error:  # noqa: BLE001 - told to the zygote
@@ -127,6 +136,8 @@ def inherit(request: handover.Request) -> None:
     for number, limits in request.limits.items():
         if resource.getrlimit(number) != limits:
             resource.setrlimit(number, limits)
+            if number == resource.RLIMIT_STACK:
+                set_stack_of_threads(limits[0])
     if os.getpriority(os.PRIO_PROCESS, 0) != request.nice:
         os.setpriority(os.PRIO_PROCESS, 0, request.nice)
     for number in range(1, signal.NSIG):
@@ -138,6 +149,17 @@ def inherit(request: handover.Request) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, request.blocked)
     os.environ.clear()
     os.environb.update(request.environment)
+
+
+def set_stack_of_threads(size_bytes: int) -> None:
+    """Give threads the stack that they would have, had the process been started with this limit (glibc reads it then alone)."""
+    size_bytes = UNLIMITED_STACK_BYTES if size_bytes == resource.RLIM_INFINITY else size_bytes
+    library, attributes = ctypes.CDLL(None), ctypes.create_string_buffer(SIZE_OF_ATTRIBUTES)
+    with contextlib.suppress(AttributeError):  # another C library
+        if library.pthread_attr_init(attributes) == 0:
+            if library.pthread_attr_setstacksize(attributes, ctypes.c_size_t(size_bytes)) == 0:
+                library.pthread_setattr_default_np(attributes)
+            library.pthread_attr_destroy(attributes)
 
 
 def begin_anew(request: handover.Request) -> None:
@@ -161,6 +183,14 @@ def begin_anew(request: handover.Request) -> None:
             module.__dict__["ORIGINAL_DIR"] = request.directory
             module.current_process().authkey = os.urandom(32)
     proof.reseed()
+
+
+def forget_modules(names: Iterable[str]) -> None:
+    """Have these imported anew; matplotlib, too, looks for its backend again."""
+    gone = [sys.modules.pop(name, None) for name in names]
+    pyplot: Any = sys.modules.get("matplotlib.pyplot")
+    if (backend := getattr(pyplot, "_backend_mod", None)) is not None and backend in gone:
+        pyplot._backend_mod = None
 
 
 def open_streams(numbers: list[int]) -> None:
@@ -233,7 +263,8 @@ def run_kernel() -> int:
 def leave(status: int) -> NoReturn:
     """End as an interpreter does, in its order, but tear nothing down.
 
-    With a GPU context that would take half a second, and the system does it anyway.
+    With a GPU context that would take half a second, and the system does it anyway. Files that are open still are flushed, as
+    they would be when they are torn down.
     """
     with contextlib.suppress(BaseException):
         threading._shutdown()  # type: ignore[attr-defined]
@@ -243,5 +274,25 @@ def leave(status: int) -> NoReturn:
         with contextlib.suppress(BaseException):
             if stream is not None:
                 stream.flush()
+    with contextlib.suppress(BaseException):
+        flush_files()
     ctypes.CDLL(None).fflush(None)  # what C libraries have printed
     os._exit(status)
+
+
+def flush_files() -> None:
+    """Write what files of this process's still buffer; compressed ones are closed, for they end with a mark."""
+    kinds = {type(each) for each in gc.get_objects()}
+    wanted = {
+        kind for kind in kinds if issubclass(kind, io.IOBase) and not issubclass(kind, io.RawIOBase)
+        and not kind.__module__.startswith("ipykernel.")
+    }  # fmt: skip
+    files: list[Any] = [each for each in gc.get_objects() if type(each) in wanted]
+    compressed = [each for each in files if type(each).__module__ in ("gzip", "bz2", "lzma")]
+    for file, end in (*((each, True) for each in compressed), *((each, False) for each in files)):
+        with contextlib.suppress(BaseException):
+            if not file.closed and file.writable():
+                if end:
+                    file.close()
+                else:
+                    file.flush()

@@ -301,3 +301,16 @@ def read_request(fd: int) -> Request:
             break
         text += part
     return Request.decode(text)
+
+
+def connection_file(arguments: list[str], directory: str) -> str:
+    """The connection file that a kernel's arguments name, as a full path; empty if they name none."""
+    found = ""
+    for position, word in enumerate(arguments):
+        if word == "-f" and position + 1 < len(arguments):
+            found = arguments[position + 1]
+        elif word.startswith(("--f=", "-f=", "--IPKernelApp.connection_file=")):
+            found = word.partition("=")[2]
+        elif word.startswith("-f") and not word.startswith("-f="):
+            found = word[2:]
+    return os.path.realpath(os.path.join(directory, found)) if found else ""

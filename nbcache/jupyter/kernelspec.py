@@ -170,10 +170,11 @@ def _is_launcher(word: str) -> bool:
 
 def _argv(folder: str) -> list[str]:
     try:
-        argv = json.loads(Path(folder, "kernel.json").read_text(encoding="utf-8")).get("argv", [])
+        document = json.loads(Path(folder, "kernel.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
-    return [str(word) for word in argv]
+    argv = document.get("argv") if isinstance(document, dict) else None
+    return [str(word) for word in argv] if isinstance(argv, list) else []
 
 
 def examine() -> KernelState:

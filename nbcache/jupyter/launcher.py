@@ -36,6 +36,10 @@ ANSWER_TIMEOUT_S = 3.0
 SERVING_TIMEOUT_S = 30.0
 """For a kernel that was forked to open its ports."""
 SETTLING_TIMEOUT_S = 5.0
+PORTS_TIMEOUT_S = 30.0
+"""For the ports of a kernel's connection file to be free: their last holder may be dying."""
+LEAST_DESCRIPTORS = 1024
+"""A zygote keeps the limits of who started it, whatever those of its kernels are."""
 MOST_ZYGOTES = 4
 """Each has a copy of torch; an environment that is different in every run must not fill the memory."""
 FAILURE_REST_S = 600.0
@@ -192,6 +196,35 @@ def become_ordinary(flags: list[str], arguments: list[str]) -> NoReturn:
     os.execv(sys.executable, [sys.executable, *flags, "-m", KERNEL, *arguments])  # noqa: S606 - on purpose
 
 
+def await_ports(arguments: list[str]) -> None:
+    """Wait until the ports of the connection file are free: a kernel that was killed with its memory full still holds them."""
+    import errno
+    import json
+    import socket
+
+    try:
+        with open(handover.connection_file(arguments, os.getcwd()), encoding="utf-8") as file:
+            known = json.load(file)
+        ip = known.get("ip", "").replace("*", "")  # empty: any
+        ports = [known[name] for name in known if name.endswith("_port") and known[name]]
+        if known.get("transport", "tcp") != "tcp":
+            return
+    except (OSError, ValueError, AttributeError):
+        return  # the kernel will say what is wrong
+    deadline = time.monotonic() + PORTS_TIMEOUT_S
+    for port in ports:
+        while time.monotonic() < deadline:
+            with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as ZeroMQ does
+                try:
+                    probe.bind((ip, port))
+                except OSError as error:
+                    if error.errno == errno.EADDRINUSE:
+                        time.sleep(0.02)
+                        continue
+            break
+
+
 def start_zygote(place: handover.Place, flags: list[str]) -> None:
     """Start a zygote for the next kernels, out of this process's tree and session, unless one is there or it is off."""
     if os.environ.get("NBCACHE_ZYGOTE_IDLE_S", "").strip() in ("0", "0.0"):
@@ -200,7 +233,7 @@ def start_zygote(place: handover.Place, flags: list[str]) -> None:
         os.makedirs(place.folder, mode=0o700, exist_ok=True)
         if not handover.is_private(place.folder) or time.time() - _modified(place.failure) < FAILURE_REST_S:
             return
-        if _zygotes_in(place.folder) >= MOST_ZYGOTES:
+        if _zygotes_in(place.folder) >= MOST_ZYGOTES or _is_confined():
             return
         pid = os.fork()
         if not pid:
@@ -222,6 +255,14 @@ def _zygotes_in(folder: str) -> int:
                 connection.close()
                 count += 1
     return count
+
+
+def _is_confined() -> bool:
+    """Whether this process has limits that a zygote should not have, for it would have them for good."""
+    import resource
+
+    hard = {name: resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[1] for name in ("NOFILE", "CPU", "AS", "DATA")}
+    return 0 <= hard.pop("NOFILE") < LEAST_DESCRIPTORS or any(limit != resource.RLIM_INFINITY for limit in hard.values())
 
 
 def _modified(path: str) -> float:
@@ -266,6 +307,7 @@ def main() -> NoReturn:
     if stand_in.asked_to_end:
         end_as(stand_in.asked_to_end)
     start_zygote(handover.Place(handover.identity(flags)), flags)
+    await_ports(arguments)
     become_ordinary(flags, arguments)
 
 

@@ -20,7 +20,7 @@ from nbcache.jupyter import handover
 from nbcache.jupyter.experience import by_package
 from nbcache.jupyter.installed import Snapshot, installed_folders, shadowed
 from nbcache.jupyter.preload import Preloaded
-from nbcache.jupyter.supervision import Child, connection_file, fork_child
+from nbcache.jupyter.supervision import Child, fork_child
 from nbcache.jupyter.visitor import Visitor
 
 TICK_S = 2.0
@@ -120,7 +120,8 @@ class Nursery:
     # Launchers
 
     def _welcome(self) -> None:
-        assert self._listener is not None
+        if self._listener is None:  # a signal came in the same round
+            return
         connection, _ = self._listener.accept()
         visitor = Visitor(connection)
         self._visitors.add(visitor)
@@ -191,7 +192,7 @@ class Nursery:
         for visitor in [visitor for visitor in self._visitors if visitor.waiting]:
             request = visitor.request
             assert request is not None
-            file = connection_file(request.arguments, request.directory)
+            file = handover.connection_file(request.arguments, request.directory)
             if file and any(child.file == file for child in self._kernels()):
                 continue
             visitor.waiting = False
@@ -224,7 +225,7 @@ class Nursery:
             self._spare = self._fork(self._prepare)
 
     def _fork(self, prepare: Callable[[], None] | None) -> Child:
-        child = fork_child(self._forget, prepare, self._preloaded.variables)
+        child = fork_child(self._forget, prepare, self._preloaded.variables, self._preloaded.shell_askers)
         self._children[child.pid] = child
         self._selector.register(child.pidfd, selectors.EVENT_READ, lambda: self._bury(child))
         self._selector.register(child.job, selectors.EVENT_READ, lambda: self._hear_child(child))

@@ -17,7 +17,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -29,7 +29,7 @@ KERNEL_MODULES = (
     "ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "ipykernel.debugger", "ipykernel.pickleutil",
     "ipykernel.datapub", "ipykernel.embed", "ipykernel.comm", "ipykernel.subshell", "ipykernel_launcher",
     "IPython.core.magics", "IPython.core.completerlib", "IPython.core.debugger", "IPython.core.interactiveshell",
-    "IPython.lib.display", "IPython.extensions.storemagic", "matplotlib_inline.config", "matplotlib_inline.backend_inline",
+    "IPython.lib.display", "IPython.extensions.storemagic", "matplotlib_inline.config",
     "debugpy", "debugpy.server.api", "comm", "psutil", "jedi", "runpy", "sqlite3", "tempfile", "uuid", "zmq.utils.garbage",
     "nbcache.jupyter.magics", "nbcache.jupyter.forked",
 )  # fmt: skip
@@ -42,6 +42,7 @@ MATHEMATICAL = ("torch", "scipy.linalg")
 """Modules that bring math libraries with them."""
 HARMLESS_THREADS = frozenset({"jemalloc_bg_thd"})
 """Threads by the name that the kernel shows, of libraries that do without them after a fork: jemalloc, which pyarrow brings."""
+SHELL_PACKAGES = frozenset({"", "__main__", "IPython", "ipykernel", "nbcache"})
 MAX_BROKEN_MODULES = 2
 """Of a package; with one more, the package is deferred as a whole."""
 
@@ -70,6 +71,8 @@ class Preloaded:
 
     variables: dict[str, str] = field(default_factory=dict)
     """What the kernel's own modules have set in the environment, as they do in an ordinary kernel."""
+    shell_askers: set[str] = field(default_factory=set)
+    """Modules that asked for IPython's shell when they were imported: there was none. A kernel imports them anew."""
 
     def ahead(self) -> set[str]:
         """Packages that a kernel would find imported, though an ordinary one would still look for them."""
@@ -92,7 +95,7 @@ def preload(names: Sequence[str], deferred: Container[str] = (), after_each: Cal
     """
     watch = _Watch(deferred)
     done, before = Preloaded(), dict(os.environ)
-    with watch:
+    with watch, asking_for_the_shell(done.shell_askers):
         for name in KERNEL_MODULES:
             _import_kernel_module(name)
         watch.begin()
@@ -109,6 +112,39 @@ def preload(names: Sequence[str], deferred: Container[str] = (), after_each: Cal
     if watch.refused:
         raise Broken("a kernel's own modules", f"import what is not installed: {watch.refused[0]}")
     return done
+
+
+@contextlib.contextmanager
+def asking_for_the_shell(found: set[str]) -> Iterator[None]:
+    """Note the modules that call ``IPython.get_ipython()`` meanwhile, while they are imported; there is no shell.
+
+    The function stays the object that it is, for whoever imports it: it is what it does that changes. The kernel's own modules
+    ask too, and need no answer.
+    """
+    from IPython.core import getipython
+
+    def noting() -> None:
+        import sys
+
+        frame = sys._getframe(1)
+        while frame is not None and frame.f_code.co_name != "<module>":
+            frame = frame.f_back  # type: ignore[assignment]
+        if frame is not None:
+            globals()["note_who_asks_for_the_shell"](frame.f_globals.get("__name__", ""))  # IPython's globals, once it is there
+
+    def note(name: str) -> None:
+        if name.partition(".")[0] not in SHELL_PACKAGES:
+            found.add(name)
+
+    function = getipython.get_ipython
+    code = function.__code__
+    function.__globals__["note_who_asks_for_the_shell"] = note
+    function.__code__ = noting.__code__
+    try:
+        yield
+    finally:
+        function.__code__ = code
+        del function.__globals__["note_who_asks_for_the_shell"]
 
 
 def attempt(name: str, deferred: Container[str] = ()) -> str:
@@ -175,7 +211,7 @@ class _Watch:
         try:
             importlib.import_module(name)
             imported = True
-        except Exception:  # noqa: BLE001 - it will fail in the kernel too, and be told there
+        except (Exception, SystemExit, KeyboardInterrupt):  # noqa: BLE001 - it will fail in the kernel too, and be told there
             imported = False
         seconds = time.perf_counter() - start
         self._look("")

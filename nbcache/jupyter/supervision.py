@@ -56,13 +56,15 @@ class Child:
         return status
 
 
-def fork_child(forget: Forget, prepare: Callable[[], None] | None, variables: Mapping[str, str]) -> Child:
+def fork_child(
+    forget: Forget, prepare: Callable[[], None] | None, variables: Mapping[str, str], anew: Iterable[str] = ()
+) -> Child:
     """Fork a process that waits for a job. ``prepare`` is done in it first, if given. OSError if the system refuses one."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         pid = proof.fork()
         if not pid:
-            _live(ours, theirs, forget, partial(forked.live, theirs, prepare, variables))
+            _live(ours, theirs, forget, partial(forked.live, theirs, prepare, variables, anew))
         theirs.close()
         return Child(pid, ours)
     except BaseException:
@@ -80,16 +82,3 @@ def _live(ours: socket.socket, theirs: socket.socket, forget: Forget, live: Call
         live()
     finally:
         os._exit(forked.START_ERROR)
-
-
-def connection_file(arguments: list[str], directory: str) -> str:
-    """The connection file that a kernel's arguments name, as a full path; empty if they name none."""
-    found = ""
-    for position, word in enumerate(arguments):
-        if word == "-f" and position + 1 < len(arguments):
-            found = arguments[position + 1]
-        elif word.startswith(("--f=", "-f=", "--IPKernelApp.connection_file=")):
-            found = word.partition("=")[2]
-        elif word.startswith("-f") and not word.startswith("-f="):
-            found = word[2:]
-    return os.path.realpath(os.path.join(directory, found)) if found else ""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import resource
+import shlex
 import socket
 import subprocess
 import sys
@@ -18,7 +20,6 @@ from nbcache.jupyter.experience import Experience, recall, revise
 from nbcache.jupyter.installed import InstalledOnly, Snapshot, installed_folders, shadowed
 from nbcache.jupyter.kernelspec import end_zygotes, examine
 from nbcache.jupyter.preload import leave_out, wanted, weigh
-from nbcache.jupyter.supervision import connection_file
 from tests.support.kernels import REPOSITORY, Kernel
 from tests.support.waiting import eventually
 from tests.support.zygotes import is_forked, processes_of, start_zygote, write_specs, zygote, zygote_environment
@@ -192,6 +193,61 @@ def test_a_zygote_that_cannot_serve_says_why_and_is_not_tried_again_at_once(envi
     assert examine().zygotes == ()
 
 
+ASKS = """
+import IPython
+from IPython import get_ipython
+
+def helper():
+    return get_ipython()
+
+shell, again = helper(), IPython.get_ipython()
+"""
+
+
+def test_what_asks_for_the_shell_when_it_is_imported_finds_it(environment, own_specs, monkeypatch):
+    """As matplotlib's inline backend and ipywidgets do, to which nothing is shown else."""
+    installed(environment, "asks", f"{SLEEP}{ASKS}")
+    installed(environment, "stands_on_it", f"{SLEEP}import asks")
+    monkeypatch.setenv("NBCACHE_PRELOAD", "asks,stands_on_it")
+    start_zygote(own_specs)
+    with Kernel("nbcache", own_specs) as kernel:
+        assert is_forked(kernel)
+        assert kernel.run("import sys; [n in sys.modules for n in ('asks', 'stands_on_it')]") == "[False, True]"
+        assert kernel.run("import asks; asks.shell is asks.again is get_ipython() is not None") == "True"
+        assert kernel.run("import IPython; IPython.get_ipython() is asks.shell") == "True"
+
+
+def test_a_module_that_ends_the_process_when_it_is_imported_is_left_out(environment, own_specs, monkeypatch):
+    installed(environment, "leaves", "raise SystemExit(3)")
+    installed(environment, "gives_up", "raise KeyboardInterrupt")
+    monkeypatch.setenv("NBCACHE_PRELOAD", "leaves,gives_up")
+    assert not {"leaves", "gives_up"} & set(start_zygote(own_specs).preloaded)
+
+
+def test_a_configuration_file_switches_it_off_too(environment, own_specs, monkeypatch, tmp_path):
+    monkeypatch.delenv("NBCACHE_ZYGOTE_IDLE_S")
+    monkeypatch.setenv("JUPYTER_CONFIG_DIR", str(tmp_path / "config"))
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "jupyter_nbcache_config.py").write_text("c.NBCache.zygote_idle_s = 0")
+    with Kernel("nbcache", own_specs) as kernel:
+        eventually(lambda: not processes_of(tmp_path), 30)
+        kernel.restart()
+        assert not is_forked(kernel)
+        eventually(lambda: not processes_of(tmp_path), 30)
+    assert examine().zygotes == ()
+
+
+def test_no_zygote_takes_over_the_limits_of_a_confined_launcher(environment, own_specs, tmp_path):
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    command = f"ulimit -n 200; exec {sys.executable} -c {shlex.quote(IS_CONFINED)}"
+    confined, free = (subprocess.run(c, shell=True, capture_output=True, text=True).stdout for c in (command, command[15:]))
+    assert confined == "True\n"
+    assert free == f"{0 <= hard < launcher.LEAST_DESCRIPTORS}\n"
+
+
+IS_CONFINED = "import sys; sys.argv = ['x']; from nbcache.jupyter import launcher; print(launcher._is_confined())"
+
+
 def test_it_can_be_switched_off(environment, own_specs, monkeypatch, tmp_path):
     monkeypatch.setenv("NBCACHE_ZYGOTE_IDLE_S", "0")
     with Kernel("nbcache", own_specs) as kernel:
@@ -263,6 +319,39 @@ HEAVY = {
 }
 
 
+HOLDS_PORTS = """
+import socket, sys, time
+
+held = []
+for port in map(int, sys.argv[1:]):
+    while True:
+        holder = socket.socket()
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            holder.bind(("127.0.0.1", port))
+            holder.listen()
+        except OSError:
+            holder.close()
+            time.sleep(0.002)
+        else:
+            held.append(holder)
+            break
+print("held", flush=True)
+time.sleep(4)
+"""
+
+
+def test_an_ordinary_kernel_waits_for_the_ports_too(environment, own_specs, monkeypatch, tmp_path):
+    """Whoever had them may be dying still: its memory takes a while to be given back."""
+    monkeypatch.setenv("NBCACHE_ZYGOTE_IDLE_S", "0")
+    with Kernel("nbcache", own_specs) as kernel:
+        ports = [getattr(kernel._kernel, name) for name in ("shell_port", "hb_port")]
+        with subprocess.Popen([sys.executable, "-c", HOLDS_PORTS, *map(str, ports)], stdout=subprocess.PIPE) as process:
+            kernel.restart()
+            assert kernel.run("6 * 7") == "42"
+            assert process.stdout.readline() == b"held\n"
+
+
 def test_a_launcher_imports_little():
     code = "import sys\nbefore = set(sys.modules)\nimport nbcache.jupyter.launcher\nprint(*set(sys.modules) - before)"
     run = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
@@ -285,7 +374,7 @@ def test_a_launcher_imports_little():
     ],
 )
 def test_connection_files_are_found(arguments, expected):
-    assert connection_file(arguments, "/here") == expected
+    assert handover.connection_file(arguments, "/here") == expected
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -163,6 +165,60 @@ libc.fputs(b"from C", ctypes.c_void_p(stream))
     kernel.restart()
     assert (tmp_path / "log").read_text() == "thread hook "
     assert (tmp_path / "c").read_text() == "from C"
+
+
+def test_files_that_are_open_when_a_kernel_leaves_are_written(kernel, tmp_path):
+    """Held by a module, by a function, by a variable; as an interpreter writes them when it tears everything down."""
+    (tmp_path / "holds.py").write_text(f"import gzip\nheld = open({str(tmp_path / 'module')!r}, 'w')\nheld.write('module')\n")
+    kernel.run(
+        f"""
+import sys, gzip
+sys.path.insert(0, {str(tmp_path)!r})
+import holds
+def write(text, file=open({str(tmp_path / "function")!r}, "wb")):
+    file.write(text)
+write(b"function")
+zipped = gzip.open({str(tmp_path / "zipped")!r}, "wt")
+zipped.write("zipped")
+"""
+    )
+    kernel.restart()
+    assert (tmp_path / "module").read_text() == "module"
+    assert (tmp_path / "function").read_text() == "function"
+    assert gzip.decompress((tmp_path / "zipped").read_bytes()) == b"zipped"
+
+
+STACK_OF_A_THREAD = """
+import ctypes, threading
+def size():
+    library, attributes, found, base = ctypes.CDLL(None), ctypes.create_string_buffer(128), ctypes.c_size_t(), ctypes.c_void_p()
+    library.pthread_self.restype = ctypes.c_ulong
+    library.pthread_getattr_np(ctypes.c_ulong(library.pthread_self()), attributes)
+    library.pthread_attr_getstack(attributes, ctypes.byref(base), ctypes.byref(found))
+    sizes.append(found.value >> 20)
+sizes = []
+thread = threading.Thread(target=size)
+thread.start()
+thread.join()
+sizes[0]
+"""
+
+
+def test_the_stack_of_threads_is_the_launchers(warm, specs, monkeypatch):
+    """glibc reads the limit when a process starts, which for a forked one was long ago."""
+    limits = resource.getrlimit(resource.RLIMIT_STACK)
+    found = []
+    for size in (48 << 20, limits[0]):
+        resource.setrlimit(resource.RLIMIT_STACK, (size, limits[1]))
+        try:
+            for spec in ("nbcache", "stock"):
+                with Kernel(spec, specs) as kernel:
+                    assert is_forked(kernel) is (spec == "nbcache")
+                    found.append(kernel.run(STACK_OF_A_THREAD))
+        finally:
+            resource.setrlimit(resource.RLIMIT_STACK, limits)
+    assert found[0] == found[1] == "48"
+    assert found[2] == found[3]
 
 
 def test_a_kernel_outlives_its_zygote(kernel, specs):
