@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 from jupyter_core.paths import jupyter_data_dir
 
+from nbcache import settings
 from nbcache.config import NBCache
 from nbcache.doctor.findings import Finding, broken, ok, warning
+from nbcache.errors import InvalidOption
 from nbcache.units import format_duration
 
 if TYPE_CHECKING:
@@ -86,18 +88,26 @@ def _judge_zygotes(state: KernelState) -> Iterator[Finding]:
     for number, failure in enumerate(state.failures, 1):
         again = "name other modules in NBCache.preload, or none; kernels start the ordinary way until then"
         yield warning(f"zygote failure {number}", failure, again)
-    if not (state.zygotes or state.failures):
+    if not (state.zygotes or state.failures) and _options().zygote_idle_s > 0:
         yield ok("zygote", "none runs; the first kernel starts one")
 
 
 def _judge_learning(state: KernelState) -> Finding:
-    config = NBCache()
+    config = _options()
     if config.zygote_idle_s <= 0:
         return ok("imports ahead", "switched off (NBCache.zygote_idle_s is 0)")
     if config.preload is not None:
         return ok("imports ahead", f"as NBCache.preload names: {', '.join(config.preload) or 'nothing beside torch'}")
     left_out = "".join(f"; left out: {name} ({reason})" for name, reason in state.broken.items())
     return ok("imports ahead", f"torch, and as learned: {_seconds(state.learned) or 'nothing yet'}{left_out}")
+
+
+def _options() -> NBCache:
+    """Those in force, the configuration files' too, as far as these can be read."""
+    try:
+        return settings.configured()
+    except InvalidOption:  # `nbcache config` says what is wrong
+        return NBCache()
 
 
 def _seconds(packages: Mapping[str, float]) -> str:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
-from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+from jupyter_client.kernelspec import KernelSpecManager
 
 from nbcache.errors import KernelSpecError
 from nbcache.jupyter import handover
@@ -136,10 +136,7 @@ def _placed(manager: KernelSpecManager, name: str, prefix: str | None) -> str | 
 
 def _found(manager: KernelSpecManager, name: str) -> str | None:
     """The folder of the kernelspec that Jupyter finds by this name; None if there is none."""
-    try:
-        return str(manager.get_kernel_spec(name).resource_dir)
-    except NoSuchKernel:
-        return None
+    return manager.find_kernel_specs().get(name)  # without reading it: it may be anything
 
 
 def _document(display_name: str) -> dict[str, object]:

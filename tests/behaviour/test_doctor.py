@@ -341,6 +341,20 @@ def test_what_is_imported_ahead(runtime_dir, monkeypatch):
     assert named["message"] == "as NBCache.preload names: peft, gguf"
 
 
+def test_what_a_configuration_file_says_of_imports_ahead(runtime_dir, monkeypatch, tmp_path):
+    monkeypatch.delenv("NBCACHE_ZYGOTE_IDLE_S", raising=False)
+    monkeypatch.setenv("JUPYTER_CONFIG_DIR", str(tmp_path))
+    file = tmp_path / "jupyter_nbcache_config.py"
+    file.write_text("c.NBCache.preload = ['peft']")
+    found = diagnose(part="jupyter")[1]
+    assert found["imports ahead"]["message"] == "as NBCache.preload names: peft"
+    assert found["zygote"]["message"] == "none runs; the first kernel starts one"
+    file.write_text("c.NBCache.zygote_idle_s = 0")
+    found = diagnose(part="jupyter")[1]
+    assert "switched off" in found["imports ahead"]["message"]
+    assert "zygote" not in found
+
+
 def test_a_zygote_that_could_not_serve(runtime_dir):
     folder = runtime_dir / "zygotes"
     folder.mkdir(parents=True)

@@ -136,3 +136,16 @@ def test_what_is_examined_is_there(tmp_path, monkeypatch):
         remove("mine")  # ends what waits, too
         eventually(lambda: not processes_of(tmp_path))
     assert os.environ.get("NBCACHE_PRELOAD") is None
+
+
+@pytest.mark.parametrize("text", ['{"argv": null}', '{"argv": 5}', "[]", "5", "no json", '{"argv": []}'])
+def test_what_is_no_kernelspec_is_anothers(data_dir, tmp_path, monkeypatch, text):
+    for folder in (data_dir / "kernels" / "nbcache", tmp_path / "elsewhere" / "kernels" / "odd"):
+        folder.mkdir(parents=True)
+        (folder / "kernel.json").write_text(text)
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "elsewhere"))
+    assert not {"nbcache", "odd"} & {spec.name for spec in examine().specs if spec.folder.startswith(str(tmp_path))}
+    for name in ("nbcache", "odd"):
+        for act in (install, remove):
+            with pytest.raises(KernelSpecError, match="another kernel's"):
+                act(name)
