@@ -476,7 +476,7 @@ def test_lora_is_measured_beside_the_stock_loader_and_equals_it(emulated, monkey
 def test_the_steps_of_a_load(emulated, tmp_path):
     """What is printed names the steps that a fill and a hit are made of."""
     for flags, wanted in (
-        ([], ("in all", "request Fill", "copy", "committed", "close")),
+        ([], ("in all", "request Find", "copy", "protect", "committed")),
         (["--resident"], ("attach", "map_slab")),
     ):
         command = [sys.executable, "-m", "tests.bench.steps", "--mb", "4", "--runs", "2", *flags]
