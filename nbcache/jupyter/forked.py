@@ -87,9 +87,7 @@ class Birth:
             self._job.send(packet[: handover.MAX_PACKET_BYTES])
 
 
-def live(
-    job: socket.socket, prepare: Callable[[], None] | None, variables: Mapping[str, str], anew: Iterable[str] = ()
-) -> NoReturn:
+def live(job: socket.socket, prepare: Callable[[], None] | None, variables: Mapping[str, str], anew: Iterable[str]) -> NoReturn:
     """What a forked process does with its life. ``prepare`` is done before the request comes, if given.
 
     ``variables`` are those that a kernel's own modules set in its environment when they are imported; ``anew`` the modules that
@@ -285,7 +283,7 @@ def flush_files() -> None:
     kinds = {type(each) for each in gc.get_objects()}
     wanted = {
         kind for kind in kinds if issubclass(kind, io.IOBase) and not issubclass(kind, io.RawIOBase)
-        and not kind.__module__.startswith("ipykernel.")
+        and not str(kind.__module__).startswith("ipykernel.")
     }  # fmt: skip
     files: list[Any] = [each for each in gc.get_objects() if type(each) in wanted]
     compressed = [each for each in files if type(each).__module__ in ("gzip", "bz2", "lzma")]

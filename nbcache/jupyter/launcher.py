@@ -1,7 +1,8 @@
 """What the kernelspec starts: it has a kernel forked in its place and stands in for it, or becomes an ordinary kernel itself.
 
 Jupyter knows this process alone. It passes signals on to the kernel, learns from the zygote how the kernel ended, and ends the
-same way. Where there is no zygote that fits, or anything at all goes wrong, ``ipykernel_launcher`` takes its place, at once.
+same way. Where there is no zygote that fits, or anything at all goes wrong, ``ipykernel_launcher`` takes its place, as soon as
+its ports are free.
 The standard library alone, and little of it: imports are most of what a launcher costs.
 
 ``python -P -m nbcache.jupyter.launcher -f CONNECTION_FILE ...``, or this file as a script (with ``-I -S``, which is quicker).
@@ -206,10 +207,10 @@ def await_ports(arguments: list[str]) -> None:
         with open(handover.connection_file(arguments, os.getcwd()), encoding="utf-8") as file:
             known = json.load(file)
         ip = known.get("ip", "").replace("*", "")  # empty: any
-        ports = [known[name] for name in known if name.endswith("_port") and known[name]]
+        ports = [port for name, port in known.items() if name.endswith("_port") and port in range(1, 1 << 16)]
         if known.get("transport", "tcp") != "tcp":
             return
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError):
         return  # the kernel will say what is wrong
     deadline = time.monotonic() + PORTS_TIMEOUT_S
     for port in ports:
@@ -258,11 +259,14 @@ def _zygotes_in(folder: str) -> int:
 
 
 def _is_confined() -> bool:
-    """Whether this process has limits that a zygote should not have, for it would have them for good."""
+    """Whether this process has limits that a zygote cannot live with: it would have them for good.
+
+    Limits of memory are no such: whoever has none, or others, gets an ordinary kernel where the zygote's are in the way.
+    """
     import resource
 
-    hard = {name: resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[1] for name in ("NOFILE", "CPU", "AS", "DATA")}
-    return 0 <= hard.pop("NOFILE") < LEAST_DESCRIPTORS or any(limit != resource.RLIM_INFINITY for limit in hard.values())
+    descriptors, seconds = resource.getrlimit(resource.RLIMIT_NOFILE)[1], resource.getrlimit(resource.RLIMIT_CPU)[0]
+    return 0 <= descriptors < LEAST_DESCRIPTORS or seconds != resource.RLIM_INFINITY
 
 
 def _modified(path: str) -> float:

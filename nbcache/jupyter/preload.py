@@ -43,6 +43,7 @@ MATHEMATICAL = ("torch", "scipy.linalg")
 HARMLESS_THREADS = frozenset({"jemalloc_bg_thd"})
 """Threads by the name that the kernel shows, of libraries that do without them after a fork: jemalloc, which pyarrow brings."""
 SHELL_PACKAGES = frozenset({"", "__main__", "IPython", "ipykernel", "nbcache"})
+"""Packages whose modules may ask for IPython's shell when they are imported, and need no answer: they are a kernel's own."""
 MAX_BROKEN_MODULES = 2
 """Of a package; with one more, the package is deferred as a whole."""
 

@@ -56,10 +56,8 @@ class Child:
         return status
 
 
-def fork_child(
-    forget: Forget, prepare: Callable[[], None] | None, variables: Mapping[str, str], anew: Iterable[str] = ()
-) -> Child:
-    """Fork a process that waits for a job. ``prepare`` is done in it first, if given. OSError if the system refuses one."""
+def fork_child(forget: Forget, prepare: Callable[[], None] | None, variables: Mapping[str, str], anew: Iterable[str]) -> Child:
+    """Fork a process that waits for a job. OSError if the system refuses one. The rest: :func:`nbcache.jupyter.forked.live`."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         pid = proof.fork()

@@ -65,7 +65,7 @@ class Upbringing:
 
     def run(self) -> None:
         """Come to be, and serve. Returns when there is nothing left to do."""
-        if not self._settings.zygote_idle_s:
+        if self._settings.zygote_idle_s <= 0:
             return  # it is off, by a configuration file: launchers read none
         lock = _lock(self.place.lock)
         if lock < 0 or (SUCCESSOR not in self._options and _is_answered(self.place.socket)):

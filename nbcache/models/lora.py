@@ -155,6 +155,7 @@ def load_lora(pipe: object, name: str | os.PathLike[str], scale: float = 1.0, ad
     """
     start = time.perf_counter()
     _check_names(adapter, scale)
+    scale = float(scale)
     host = host_of(pipe)
     rack = rack_of(host)
     held = rack.adapters.get(adapter)
@@ -207,8 +208,8 @@ def set_lora(pipe: object, scales: Mapping[str, float]) -> None:
     with _undisturbed():
         for name, scale in scales.items():
             held = rack.adapters[name]
-            held.plan.scale(scale)
-            held.scale = scale
+            held.scale = float(scale)
+            held.plan.scale(held.scale)
         if lora_inject.active_in(host) != list(scales):
             lora_inject.activate(host, list(scales))
 
@@ -312,14 +313,14 @@ def _inject(host: Host, rack: Rack, adapter: str, lora: Lora, scale: float) -> N
     lora_inject.check_unfused(host)
     active = [name for name in lora_inject.active_in(host) if name != adapter]
     state, arenas = _room(host, lora, held.plan if held and not held.replaces else None)
+    for why in lora_inject.pad_as_needed(host, lora):
+        notify(LoraReinjected, f"{lora.source}: {why}")  # before anything is changed: a warning may be an error
     with _undisturbed():
         if held is not None:
             _take_out(host, rack, [adapter])
             for part in held.plan.parts:
                 if part.padded:
                     lora_inject.pad_again(host, part.component, max(part.rank, *lora.ranks.values()))
-        for why in lora_inject.pad_as_needed(host, lora):
-            notify(LoraReinjected, f"{lora.source}: {why}")
         _mark(host, adapter, True)
         try:
             lora_inject.inject(host, adapter, state)

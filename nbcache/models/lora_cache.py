@@ -20,6 +20,7 @@ import torch
 
 from nbcache.checkpoints import names as catalogue
 from nbcache.checkpoints.catalog import Checkpoint, resolve
+from nbcache.checkpoints.formats import format_of
 from nbcache.client import spare
 from nbcache.client import tensors as edge
 from nbcache.client.api import free_gpu
@@ -32,7 +33,6 @@ from nbcache.manifest import Fingerprint, Member
 from nbcache.models.derived import Derived, Made, name_of
 from nbcache.models.lora_convert import METADATA_KEY, A, Family, Recipe, brief, convert
 
-TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 CONFIG = "adapter_config.json"
 """Beside a LoRA that peft saved: its alpha and the like."""
 
@@ -116,7 +116,8 @@ def _read(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """A file's tensors and metadata, by the stock readers. CheckpointInvalid; UnsupportedFormat for what needs code."""
     from safetensors import SafetensorError, safe_open
 
-    if path.endswith(TORCH_SUFFIXES):
+    kind = format_of(path)
+    if kind is not None and kind.name == "torch":
         try:
             found = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,12 @@ import nbcache
 from tests.support.lora_parity import LAYOUTS, held_alike, identical, same, stock
 from tests.support.loras import Writer, flux, outputs, sd15
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture
 def write(tmp_path) -> Writer:
     return Writer(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def daemon(runtime_dir: Path) -> Iterator[None]:
-    """Each test has its own. One thread: these models are too small for more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

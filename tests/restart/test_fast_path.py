@@ -352,6 +352,15 @@ def test_an_ordinary_kernel_waits_for_the_ports_too(environment, own_specs, monk
             assert process.stdout.readline() == b"held\n"
 
 
+@pytest.mark.parametrize(
+    "text", ["no json", "[]", '{"shell_port": "x", "hb_port": 70000, "ip": 5}', '{"shell_port": 70000}', "{}"]
+)
+def test_a_strange_connection_file_is_the_kernels_to_refuse(tmp_path, text):
+    (tmp_path / "k.json").write_text(text)
+    launcher.await_ports(["-f", str(tmp_path / "k.json")])
+    launcher.await_ports([])
+
+
 def test_a_launcher_imports_little():
     code = "import sys\nbefore = set(sys.modules)\nimport nbcache.jupyter.launcher\nprint(*set(sys.modules) - before)"
     run = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)

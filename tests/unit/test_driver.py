@@ -46,6 +46,16 @@ def block(bench, stack, payload, size=SIZE):
     return fd
 
 
+def filled(bench, stack, payload):
+    """A slab, to which a block that begins with the payload has been copied: its descriptor, and its map for writing."""
+    mapped = bench.driver.map_block_on(block(bench, stack, payload), SIZE, bench.gpu)
+    stack.callback(mapped.close)
+    fd, target = slab(bench, stack)
+    bench.driver.copy(target.address, mapped.address, SIZE, bench.stream)
+    bench.synchronize()
+    return fd, target
+
+
 def test_gpus_are_named_by_uuid(bench):
     gpus = bench.driver.gpus()
     assert [gpu.ordinal for gpu in gpus] == list(range(len(gpus)))
@@ -55,20 +65,13 @@ def test_gpus_are_named_by_uuid(bench):
 
 def test_bytes_go_from_the_cpu_through_a_block_to_a_slab(bench, stack):
     payload = os.urandom(SIZE)
-    mapped = bench.driver.map_block_on(block(bench, stack, payload), SIZE, bench.gpu)
-    stack.callback(mapped.close)
-    _, target = slab(bench, stack)
-    bench.driver.copy(target.address, mapped.address, SIZE, bench.stream)
+    _, target = filled(bench, stack, payload)
     assert bench.read(target, SIZE) == payload
 
 
 def test_a_second_map_of_a_slab_sees_the_same_bytes(bench, stack):
     payload = os.urandom(1000)
-    mapped = bench.driver.map_block_on(block(bench, stack, payload), SIZE, bench.gpu)
-    stack.callback(mapped.close)
-    fd, target = slab(bench, stack)
-    bench.driver.copy(target.address, mapped.address, SIZE, bench.stream)
-    bench.synchronize()
+    fd, _ = filled(bench, stack, payload)
     second = bench.driver.map_slab(fd, SIZE, bench.gpu, Access.READ)
     stack.callback(second.close)
     assert bench.read(second, 1000) == payload
@@ -76,11 +79,7 @@ def test_a_second_map_of_a_slab_sees_the_same_bytes(bench, stack):
 
 def test_what_was_written_is_read_through_a_map_that_is_protected_afterwards(bench, stack):
     payload = os.urandom(SIZE)
-    mapped = bench.driver.map_block_on(block(bench, stack, payload), SIZE, bench.gpu)
-    stack.callback(mapped.close)
-    _, target = slab(bench, stack)
-    bench.driver.copy(target.address, mapped.address, SIZE, bench.stream)
-    bench.synchronize()
+    _, target = filled(bench, stack, payload)
     target.protect()
     assert bench.read(target, SIZE) == payload
 
