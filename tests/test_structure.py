@@ -19,6 +19,7 @@ RANKS: dict[str, int] = {
     "errors": 0,
     "units": 1,
     "typos": 1,
+    "collection": 1,
     "layout": 2,
     "config": 2,
     "settings": 3,

@@ -2,9 +2,9 @@
 
 ``torch._lazy_clone`` gives copy-on-write tensors, but only of storages that torch's own allocator made, and it clones a whole
 storage at the first write. So each tensor gets a storage of its own, from a memory pool whose allocator hands out the slab's
-segments in order: the layout is planned so that torch's carving puts every tensor where its bytes are. The clones are what the
-user gets; the base tensors must outlive them, because the last reference to a copy-on-write storage writes in place, into
-read-only memory.
+segments in order: the layout is planned so that torch, asked for the tensors in its order, puts each where its bytes are. The
+clones are what the user gets; the base tensors must outlive them, because the last reference to a copy-on-write storage writes
+in place, into read-only memory.
 
 All of torch's private names that nbcache uses stand here (checked at import), and nowhere else.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 import atexit
 import ctypes
 import gc
-import operator
 import os
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from nbcache.client import tensors as edge
 from nbcache.client.notices import CopyOnWriteUnavailable, notify
 from nbcache.client.slabs import SlabMap, plain_tensors
+from nbcache.layout import carving_order
 from nbcache.manifest import Manifest, stored_shape
 
 _MISSING = [
@@ -73,15 +73,13 @@ class Adoption:
         """Adopt the tensors; the clones, and how many bytes did not lie where they were planned and are missing."""
         assert self._slab is not None
         start, private = self._slab.address, 0
-        found: dict[str, torch.Tensor] = {}
         dtypes, shape_of = edge.dtypes_of(manifest), stored_shape
         empty, clone_of, device, keep = torch.empty, torch._lazy_clone, self._device, self.bases.append
+        order = carving_order([extent.nbytes for extent in manifest.tensors])
+        found: dict[str, torch.Tensor] = {}
         with torch.cuda.use_mem_pool(self.pool, device):
-            for extent in sorted(manifest.tensors, key=_place):
+            for extent in map(manifest.tensors.__getitem__, order):
                 base = empty(shape_of(extent.dtype, extent.shape), dtype=dtypes[extent.dtype], device=device)
-                if not extent.nbytes:
-                    found[extent.name] = base
-                    continue
                 address = base.data_ptr()
                 if address == start + extent.place:
                     keep(base)
@@ -90,7 +88,10 @@ class Adoption:
                 private += extent.nbytes
                 if start <= address < self._limit:  # elsewhere in the slab: what it took there stays taken
                     keep(base)
-        self.clones = [StorageWeakRef(clone.untyped_storage()) for clone in found.values() if clone.numel()]
+        self.clones = [StorageWeakRef(clone.untyped_storage()) for clone in found.values()]
+        for extent in manifest.tensors:
+            if not extent.nbytes:
+                found[extent.name] = empty(shape_of(extent.dtype, extent.shape), dtype=dtypes[extent.dtype], device=device)
         return found, private
 
     @property
@@ -106,9 +107,6 @@ class Adoption:
         self.bases.clear()
         self.pool = None
         self._slab = None
-
-
-_place = operator.attrgetter("place")
 
 
 def _address(function: Any) -> int:  # noqa: ANN401 - a ctypes function

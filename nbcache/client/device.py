@@ -27,6 +27,7 @@ from nbcache.client.options import Loaded, Share
 from nbcache.client.session import ProgressCallback, Session, expect
 from nbcache.client.slabs import SlabMap
 from nbcache.client.views import CudaViews, Views
+from nbcache.collection import uncollected
 from nbcache.errors import EntryNotFound, InvalidOption, ProtocolError
 from nbcache.manifest import Extent, Manifest, nbytes_of, place_tensors, stored_shape
 from nbcache.memory.driver import Access, Driver, Gpu, Mapped, open_driver
@@ -103,7 +104,7 @@ class Device:
 
     def _make(self, slab: SlabMap, layout: Manifest, share: Share) -> _Made:
         """The tensors of a mapped slab. What they copy is queued after what is queued already; waits for nothing."""
-        with edge.uncollected():
+        with uncollected():
             if share == "cow":
                 return _Made(*self._views.cow(slab, layout), slab)
             if share == "readonly":

@@ -17,6 +17,7 @@ from nbcache.checkpoints.catalog import Checkpoint, describe, is_unchanged, reso
 from nbcache.checkpoints.folders import FolderKind, kind_of
 from nbcache.client.notices import SourceGone, notify
 from nbcache.client.session import ProgressCallback, Session, expect
+from nbcache.collection import uncollected
 from nbcache.errors import (
     CheckpointNotFound,
     DaemonLost,
@@ -192,7 +193,8 @@ def _ask(find: m.Find, start: bool, on_progress: ProgressCallback | None) -> Gra
 
 def _decoded(payload: bytes) -> Manifest:
     """The manifest. What is loaded again and again, as LoRAs are, is described by the same bytes, and decoded once."""
-    return _decode_again(payload) if len(payload) <= REMEMBERED_BYTES else decode_manifest(payload)
+    with uncollected():
+        return _decode_again(payload) if len(payload) <= REMEMBERED_BYTES else decode_manifest(payload)
 
 
 _decode_again = lru_cache(8)(decode_manifest)

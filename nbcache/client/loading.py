@@ -15,6 +15,7 @@ from nbcache.client.fill import Grant, Offer, Wish, acquire, reacquire, reacquir
 from nbcache.client.notices import NoSharedGpuMemory, notify
 from nbcache.client.options import Loaded, Options
 from nbcache.client.session import ProgressCallback
+from nbcache.collection import uncollected
 from nbcache.errors import DeviceMemoryFull, DriverError, ProtocolError
 from nbcache.memory.shared import map_private
 
@@ -71,7 +72,7 @@ def over_host(grant: Grant, device: torch.device, dtype: torch.dtype | None, pri
         finally:
             os.close(fd)
         weakref.finalize(area, grant.session.close).atexit = False
-        with edge.uncollected():
+        with uncollected():
             mapped = edge.attach(grant.manifest, area)
         given = mapped
         if private or dtype is not None or device.type != "cpu":

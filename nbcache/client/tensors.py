@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import msgspec
 import torch
@@ -48,18 +46,6 @@ def attach(manifest: Manifest, area: mmap.mmap) -> dict[str, torch.Tensor]:
     except KeyError as error:
         raise UnsupportedFormat(f"tensor {name!r} has dtype {error.args[0]}, which torch {torch.__version__} lacks") from error
     return tensors
-
-
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """Let no garbage collection run: thousands of new tensors set off several, each over all that torch brought along."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def arrange(below: dict[str, torch.Tensor], manifest: Manifest) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ import torch
 
 from nbcache.checkpoints.catalog import locate
 from nbcache.checkpoints.folders import FolderKind, PipelineIndex, kind_of, read_pipeline, weights_path
-from nbcache.client import tensors as edge
+from nbcache.collection import uncollected
 from nbcache.errors import InvalidOption
 from nbcache.models import diffusers, pipelines, single_file, transformers
 from nbcache.models.packages import class_of, quiet, require
@@ -45,7 +45,7 @@ class Request:
 
 def assemble(folder: str, request: Request, supply: Supply) -> Assembled:
     """Load what a path holds: a pipeline, a model, or ``Weights`` where it is neither (or with ``raw``)."""
-    with edge.uncollected():  # the modules of a model are another reason for it to look through all that was imported
+    with uncollected():  # the modules of a model are another reason for it to look through all that was imported
         value, what = _assemble(folder, request, supply)
     return Assembled(value, folder, what, supply.named_device, supply.tally, supply.clock.stop())
 

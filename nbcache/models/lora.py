@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from nbcache.client.notices import LoraIncomplete, LoraReinjected, notify
-from nbcache.client.tensors import uncollected
+from nbcache.collection import uncollected
 from nbcache.errors import AdapterNotFound, InvalidOption, LoraError
 from nbcache.models import lora_inject
 from nbcache.models.lora_cache import Lora, find_lora

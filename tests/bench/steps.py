@@ -1,8 +1,8 @@
-"""Where the time of one load goes, step by step: ``python -m tests.bench.steps [FILE] [--mb N] [--share S] [--resident]``.
+"""Where the time of one load goes: ``python -m tests.bench.steps [FILE] [--mb N] [--share S] [--resident] [--fresh]``.
 
 Prints each step of the last of several loads with when it began and how long it took, indented by what it was part of. The
-slab is dropped between loads (``--resident``: it is not), the host copy stays. Without FILE, of a LoRA-shaped file of N MB.
-Timing the steps adds a few microseconds to each.
+slab is dropped between loads (``--resident``: it is not), the host copy stays. With ``--fresh`` each load is the first of its
+process, as after a restart. Without FILE, of a LoRA-shaped file of N MB. Timing the steps adds a few microseconds to each.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 import nbcache
+import nbcache.bench.kernel as bench
 from nbcache.bench.flux import write_lora_sized
-from nbcache.bench.isolation import own_daemon
+from nbcache.bench.isolation import own_daemon, run_fresh
 from nbcache.client import api, device, fill
 from nbcache.client.session import Session
-from nbcache.memory.driver import _CudaMap
-from tests.support.emulated import EmulatedMap
+from nbcache.client.views import CudaViews
+from nbcache.memory.driver import CudaDriver, _CudaMap
+from tests.support.emulated import EmulatedDriver, EmulatedMap, EmulatedViews
 
 SETTLE_S = 1.5
 TOGETHER_MS = 0.05
@@ -84,24 +86,26 @@ class Steps:
         return [f"{at:9.2f} {ms:9.2f}  {'  ' * depth}{name}{f' x{n}' if n > 1 else ''}" for at, ms, depth, name, n in found]
 
 
+PLACES: list[tuple[object, str]] = [
+    *((Session, name) for name in ("request", "receive")),
+    *((device.Device, name) for name in ("load", "_fill", "_attach", "_map", "_make", "_copy", "_cast")),
+    *((kind, name) for kind in (CudaDriver, EmulatedDriver) for name in ("map_slab", "map_block_on", "copy")),
+    *((kind, name) for kind in (CudaViews, EmulatedViews) for name in ("synchronize", "plain", "cow", "private")),
+    *((kind, name) for kind in (_CudaMap, EmulatedMap) for name in ("protect", "close")),
+    (device, "committed"), (device, "_unmap_later"), (device, "find_device"), (device, "cast_manifest"),
+    (fill, "meaning_of"), (fill, "is_unchanged"), (fill, "_decoded"),
+]  # fmt: skip
+
+
 def measure(path: str, share: str, runs: int, resident: bool) -> list[str]:
     """The steps of the last of ``runs`` loads; at the end the tensors are awaited."""
+    bench.start_context()
     api.prepare()
-    nbcache.load(path, "cuda", share="readonly").release()
-    gpu = device.find_device(device.torch.device("cuda"))
     steps = Steps()
-    places = [
-        *((Session, name) for name in ("request", "receive")),
-        *((type(gpu), name) for name in ("load", "_fill", "_attach", "_map", "_make", "_copy", "_cast")),
-        *((gpu._driver, name) for name in ("map_slab", "map_block_on", "copy")),
-        *((gpu._views, name) for name in ("synchronize", "plain", "cow", "private")),
-        *((kind, name) for kind in (_CudaMap, EmulatedMap) for name in ("protect", "close")),
-        (device, "committed"), (device, "_unmap_later"), (fill, "meaning_of"), (fill, "is_unchanged"),
-    ]  # fmt: skip
     for _ in range(runs):
         steps.seen.clear()
-        with steps.watching(places):
-            weights = steps.timed("in all", lambda: awaited(nbcache.load(path, "cuda", share=share), gpu))()
+        with steps.watching(PLACES):
+            weights = steps.timed("in all", lambda: awaited(path, share))()
         weights.release()
         del weights
         gc.collect()
@@ -111,10 +115,20 @@ def measure(path: str, share: str, runs: int, resident: bool) -> list[str]:
     return steps.lines()
 
 
-def awaited(weights: nbcache.Weights, gpu: Any) -> nbcache.Weights:
+def awaited(path: str, share: str) -> nbcache.Weights:
     """The weights, once they are there."""
-    gpu._views.synchronize()
+    weights = nbcache.load(path, "cuda", share=share)
+    bench.synchronize()
     return weights
+
+
+def measure_fresh(path: str, share: str, runs: int, resident: bool) -> list[str]:
+    """As :func:`measure`, but each load in a process of its own."""
+    lines: list[str] = []
+    for _ in range(runs):
+        lines = run_fresh(partial(measure, path, share, 1, resident))
+        print(lines[0])
+    return lines
 
 
 def main() -> None:
@@ -125,14 +139,17 @@ def main() -> None:
     parser.add_argument("--share", default="readonly")
     parser.add_argument("--runs", type=int, default=4)
     parser.add_argument("--resident", action="store_true")
+    parser.add_argument("--fresh", action="store_true")
     given = parser.parse_args()
     with own_daemon() as folder:
         path = given.file
         if path is None:
             path = str(Path(folder, "lora.safetensors"))
             write_lora_sized(path, given.mb * 10**6)
+        run_fresh(partial(measure, path, given.share, 1, given.resident))
         print(f"{Path(path).name}, {given.share}{', resident' if given.resident else ''}: began ms, took ms, step")
-        print(*measure(path, given.share, given.runs, given.resident), sep="\n")
+        steps_of = measure_fresh if given.fresh else measure
+        print(*steps_of(path, given.share, given.runs, given.resident), sep="\n")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from nbcache.client.api import evict, evict_all, status
 from nbcache.client.fill import acquire, put_bytes
 from nbcache.client.session import Session
 from nbcache.config import SocketAddress
+from nbcache.layout import LAYOUT_VERSION
 from nbcache.manifest import Extent, Manifest, decode_manifest, encode_manifest, key_of, place_tensors
 from nbcache.memory.shared import map_private, seal_bytes
 from nbcache.protocol import messages as m
@@ -824,7 +825,7 @@ def _template() -> dict[str, Any]:
         "members": [["/m.safetensors", [1, 2, 400, 4, 5], ""]],
         "metadata": {"format": "pt"},
         "extent_bytes": 2 << 20,
-        "layout_version": 1,
+        "layout_version": LAYOUT_VERSION,
     }
 
 

@@ -69,7 +69,7 @@ def test_without_members_files_and_offsets_mean_nothing():
 
 
 LIES = {
-    "another layout": (lambda m: msgspec.structs.replace(m, layout_version=LAYOUT_VERSION + 1), "layout version 2, expected 1"),
+    "another layout": (lambda m: msgspec.structs.replace(m, layout_version=LAYOUT_VERSION + 1), "layout version 3, expected 2"),
     "no extent": (lambda m: msgspec.structs.replace(m, extent_bytes=0), "extent of 0"),
     "negative extent": (lambda m: msgspec.structs.replace(m, extent_bytes=-512), "extent of -512"),
     "absurd extent": (lambda m: msgspec.structs.replace(m, extent_bytes=MAX_EXTENT_BYTES + 1), "extent of"),
