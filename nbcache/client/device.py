@@ -6,14 +6,11 @@ awaited and unmapped. Must not know what the tensors over a slab are made of. Ne
 
 from __future__ import annotations
 
-import contextlib
 import os
 import queue
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -35,12 +32,8 @@ from nbcache.protocol import messages as m
 
 AHEAD = 2
 """Blocks asked for before they are needed: one is mapped while another is copied."""
-TURN_S = 1e-4
-"""How long one of two threads may keep the interpreter from the other while both work for a load. Python's default is 5 ms."""
 LINGER_S = 0.25
 """When host blocks are unmapped, after a load: that takes locks of the driver's which what follows a load wants as well."""
-
-_taking_turns = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -61,7 +54,6 @@ class Device:
         self._name = torch.device("cuda", gpu.ordinal)
         self._device = device
         self._views = views
-        self._thread: tuple[int, ThreadPoolExecutor | None] = 0, None
 
     def load(
         self,
@@ -109,7 +101,7 @@ class Device:
                 return _Made(*self._views.cow(slab, layout), slab)
             if share == "readonly":
                 return _Made(self._views.plain(slab, layout), 0, slab)
-            copies = self._views.private(slab, layout, self._queue)
+            copies = self._views.private(slab, layout, self._queue, self._driver.allocation)
             return _Made(copies, sum(tensor.nbytes for tensor in copies.values()), slab)
 
     def _queue(self, target: int, source: int, size_bytes: int) -> None:
@@ -124,7 +116,6 @@ class Device:
     def _fill(self, offer: Offer, layout: Manifest, share: Share, on_progress: ProgressCallback | None) -> Loaded:
         """Have the slab that was offered filled by this process. If another client was quicker, hold what it filled."""
         session = offer.session
-        self._beside()
         while True:
             fill = m.Fill(layout.extent_bytes)
             answer = session.receive(on_progress) if offer.filled else session.request(fill, on_progress=on_progress)
@@ -139,8 +130,8 @@ class Device:
             offer = found
         hosts: list[Mapped] = []
         try:
-            blocks = self._blocks(offer, message.block_bytes, hosts, on_progress)
-            made = self._fill_from(blocks, message.block_bytes, descriptors[0], offer, layout, share)
+            blocks = self._blocks(offer, message.block_sizes, hosts, on_progress)
+            made = self._fill_from(blocks, descriptors[0], offer, layout, share)
             try:
                 grant = committed(session, offer.manifest, on_progress)
             except BaseException:
@@ -152,51 +143,22 @@ class Device:
         os.close(grant.take_fd())
         return self._loaded(grant, made, layout, share)
 
-    def _fill_from(
-        self, blocks: Iterator[Mapped], block_bytes: int, fd: int, offer: Offer, layout: Manifest, share: Share
-    ) -> _Made:
-        """Copy host blocks into a slab, make its tensors, wait for all that, and let nobody here write to it any more.
-
-        A thread beside makes tensors that are mere views while the blocks are mapped and queued.
-        """
+    def _fill_from(self, blocks: Iterator[Mapped], fd: int, offer: Offer, layout: Manifest, share: Share) -> _Made:
+        """Copy host blocks into a slab, make its tensors meanwhile, wait for all, and let nobody here write to it any more."""
         mapped = self._driver.map_slab(fd, layout.extent_bytes, self._gpu, Access.WRITE)
         slab = SlabMap(mapped, offer.session, self._views.synchronize, layout, self._gpu.ordinal)
-        views: Future[_Made] | None = None
         try:
-            if share == "readonly":
-                views = self._beside().submit(self._make_beside, slab, layout)
             if layout is offer.manifest:
                 self._copy(slab.address, blocks)
             else:
-                self._cast(offer.manifest, layout, slab, blocks, block_bytes)
-            made = views.result() if views else self._make(slab, layout, share)
+                self._cast(offer.manifest, layout, slab, blocks)
+            made = self._make(slab, layout, share)
             self._views.synchronize()  # nothing may be unmapped under a queued copy, nor committed
             mapped.protect()
             return made
         except BaseException:
-            if views:
-                views.exception()  # it is done with the slab
             slab.end()
             raise
-
-    def _beside(self) -> ThreadPoolExecutor:
-        """A thread of this process's that works beside who loads. It is begun once, and has a context by when it is needed."""
-        pid, thread = self._thread
-        if thread is None or pid != os.getpid():  # a forked child has none of its parent's
-            thread = ThreadPoolExecutor(1, "nbcache-views")
-            thread.submit(self._begin)
-            self._thread = os.getpid(), thread
-        return thread
-
-    def _begin(self) -> None:
-        """Give a thread its context."""
-        with self._views.current():
-            pass
-
-    def _make_beside(self, slab: SlabMap, layout: Manifest) -> _Made:
-        """Views of a slab, made while its blocks are mapped."""
-        with self._views.current(), _turns():
-            return self._make(slab, layout, "readonly")
 
     def _copy(self, target: int, blocks: Iterator[Mapped]) -> None:
         """One straight copy a block."""
@@ -205,49 +167,55 @@ class Device:
             target += block.size_bytes
 
     def _blocks(
-        self, offer: Offer, block_bytes: int, mapped: list[Mapped], on_progress: ProgressCallback | None
+        self, offer: Offer, sizes: Sequence[int], mapped: list[Mapped], on_progress: ProgressCallback | None
     ) -> Iterator[Mapped]:
         """The host copy's blocks as they become staged, each mapped for the GPU, and added to ``mapped``, while others copy.
 
         The first are asked for at once, not when the first is looked at.
         """
-        session, extent_bytes = offer.session, offer.manifest.extent_bytes
-        count = -(-extent_bytes // block_bytes)
-        for number in range(0 if offer.filled else min(AHEAD, count)):
+        session = offer.session
+        if sum(sizes) != offer.manifest.extent_bytes:
+            raise ProtocolError(f"blocks of {sum(sizes)} bytes for an extent of {offer.manifest.extent_bytes}")
+        for number in range(0 if offer.filled else min(AHEAD, len(sizes))):
             session.send(m.Want(number))
 
         def map_each() -> Iterator[Mapped]:
-            for number in range(count):
+            for number, size_bytes in enumerate(sizes):
                 block, (fd,) = expect(session.receive(on_progress), m.Block)
                 try:
-                    if block.size_bytes != min(block_bytes, extent_bytes - number * block_bytes):
-                        raise ProtocolError(f"block {number} has {block.size_bytes} bytes")
-                    if number + AHEAD < count:
+                    if (block.number, block.size_bytes) != (number, size_bytes):
+                        raise ProtocolError(
+                            f"block {block.number} of {block.size_bytes} bytes came as {number} of {size_bytes}"
+                        )
+                    if number + AHEAD < len(sizes):
                         session.send(m.Want(number + AHEAD))
-                    mapped.append(self._driver.map_block_on(fd, block.size_bytes, self._gpu))
+                    mapped.append(self._driver.map_block_on(fd, size_bytes, self._gpu))
                 finally:
                     os.close(fd)
                 yield mapped[-1]
 
         return map_each()
 
-    def _cast(self, source: Manifest, target: Manifest, slab: SlabMap, blocks: Iterator[Mapped], block_bytes: int) -> None:
+    def _cast(self, source: Manifest, target: Manifest, slab: SlabMap, blocks: Iterator[Mapped]) -> None:
         """Bring each tensor's bytes to scratch memory, in the order of their places, and cast it into its own."""
         views = self._views.plain(slab, target)
         scratch = self._views.empty(max((t.nbytes for t in source.tensors), default=0))
-        at_hand: list[Mapped] = []
+        block, start = next(blocks), 0
+        end = block.size_bytes
         for extent in sorted(source.tensors, key=lambda t: t.place):
-            at = 0
-            while at < extent.nbytes:
-                number, offset = divmod(extent.place + at, block_bytes)
-                while len(at_hand) <= number:
-                    at_hand.append(next(blocks))
-                size = min(extent.nbytes - at, block_bytes - offset)
-                self._queue(scratch.data_ptr() + at, at_hand[number].address + offset, size)
+            at = extent.place
+            while at < extent.place + extent.nbytes:
+                while at >= end:
+                    block = next(blocks)
+                    start, end = end, end + block.size_bytes
+                size = min(extent.place + extent.nbytes, end) - at
+                self._queue(scratch.data_ptr() + at - extent.place, block.address + at - start, size)
                 at += size
             if extent.nbytes:
                 raw = scratch[: extent.nbytes].view(edge.torch_dtype(extent))
                 views[extent.name].copy_(raw.view(stored_shape(extent.dtype, extent.shape)))
+        for _ in blocks:  # of padding alone: the daemon sends them all the same
+            pass
 
 
 def _unmap_later(mapped: list[Mapped]) -> None:
@@ -269,24 +237,6 @@ def _unmapper(pid: int) -> queue.SimpleQueue[list[Mapped]]:
 
     threading.Thread(target=unmap, name="nbcache-unmap", daemon=True).start()
     return waiting
-
-
-@contextlib.contextmanager
-def _turns() -> Iterator[None]:
-    """Let threads take short turns with the interpreter: who maps memory lets it go at each call, and wants it back at once.
-
-    The interval is the process's; of several at once one sets it, and sets it back.
-    """
-    if not _taking_turns.acquire(blocking=False):
-        yield
-        return
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(TURN_S)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
-        _taking_turns.release()
 
 
 def cast_manifest(manifest: Manifest, dtype: str) -> Manifest:

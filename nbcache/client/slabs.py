@@ -25,6 +25,8 @@ from nbcache.memory.driver import Mapped
 
 Queue = Callable[[int, int, int], None]
 """Queues a copy of so many bytes, from the second address to the first."""
+Allocation = Callable[[int], tuple[int, int]]
+"""Where the memory that an address lies in begins and ends; torch's segments may lie side by side."""
 RUN_BYTES = 256 * MIB
 """Tensors of about so many bytes are queued as one copy, so that the device need not wait for the last of them."""
 
@@ -106,7 +108,9 @@ def _stored(dtype: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[
     return stored, row_strides(stored)
 
 
-def private_tensors(slab: SlabMap, manifest: Manifest, device: torch.device, queue: Queue) -> dict[str, torch.Tensor]:
+def private_tensors(
+    slab: SlabMap, manifest: Manifest, device: torch.device, queue: Queue, allocation: Allocation
+) -> dict[str, torch.Tensor]:
     """Copies in memory of torch's own.
 
     That memory is asked for at once, where torch has none at hand: the driver takes as long for 24 GB as for a tensor of 20 MB,
@@ -120,7 +124,7 @@ def private_tensors(slab: SlabMap, manifest: Manifest, device: torch.device, que
             with contextlib.suppress(torch.OutOfMemoryError):
                 torch.empty(need, dtype=torch.uint8, device=device)  # freed again, into torch's cache
     dtypes = edge.dtypes_of(manifest)
-    runs = _Runs(queue, ALIGNMENT if is_cuda else 1)
+    runs = _Runs(queue, allocation, ALIGNMENT if is_cuda else 1)
     found: dict[str, torch.Tensor] = {}
     rows = map(msgspec.structs.astuple, manifest.tensors)
     for name, dtype, shape, _, _, nbytes, place in sorted(rows, key=lambda row: (row[5] <= SMALL_LIMIT, row[6])):
@@ -133,25 +137,33 @@ def private_tensors(slab: SlabMap, manifest: Manifest, device: torch.device, que
 
 
 class _Runs:
-    """Copies, of which those that lie side by side in both places become one.
+    """Copies, of which those that lie side by side in both places become one, in one allocation.
 
     ``rounding`` is what a tensor's memory is rounded up to: those bytes may be written.
     """
 
-    def __init__(self, queue: Queue, rounding: int) -> None:
+    def __init__(self, queue: Queue, allocation: Allocation, rounding: int) -> None:
         self._queue = queue
+        self._allocation = allocation
         self._rounding = rounding
+        self._start = self._end = 0  # the allocation last seen
         self._target = self._source = self._size = 0
 
     def add(self, target: int, source: int, size: int) -> None:
         """Copy this too, by and by."""
         offset = target - self._target
         is_next = offset == round_up(self._size, self._rounding) and offset == source - self._source
-        if is_next and offset < RUN_BYTES:
+        if is_next and offset < RUN_BYTES and self._holds(self._target, target):
             self._size = offset + size
         else:
             self.end()
             self._target, self._source, self._size = target, source, size
+
+    def _holds(self, one: int, other: int) -> bool:
+        """Whether one allocation holds both, of which the second is a tensor's."""
+        if not self._start <= one < self._end:
+            self._start, self._end = self._allocation(one)
+        return other < self._end
 
     def end(self) -> None:
         """Queue what is yet to be queued."""

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from nbcache.client import cow
-from nbcache.client.slabs import Queue, SlabMap, plain_tensors, private_tensors
+from nbcache.client.slabs import Allocation, Queue, SlabMap, plain_tensors, private_tensors
 from nbcache.manifest import Manifest
 
 
@@ -27,7 +27,7 @@ class Views(Protocol):
     def cow(self, slab: SlabMap, manifest: Manifest) -> tuple[dict[str, torch.Tensor], int]:
         """Copy-on-write tensors, and how many bytes of them had to be copied at once."""
 
-    def private(self, slab: SlabMap, manifest: Manifest, queue: Queue) -> dict[str, torch.Tensor]:
+    def private(self, slab: SlabMap, manifest: Manifest, queue: Queue, allocation: Allocation) -> dict[str, torch.Tensor]:
         """Copies, by ``queue``, that need the map no longer than it takes to copy."""
 
     def synchronize(self) -> None:
@@ -59,9 +59,9 @@ class CudaViews:
         """See :class:`Views`."""
         return cow.adopt(slab, manifest, self._device)
 
-    def private(self, slab: SlabMap, manifest: Manifest, queue: Queue) -> dict[str, torch.Tensor]:
+    def private(self, slab: SlabMap, manifest: Manifest, queue: Queue, allocation: Allocation) -> dict[str, torch.Tensor]:
         """See :class:`Views`."""
-        return private_tensors(slab, manifest, self._device, queue)
+        return private_tensors(slab, manifest, self._device, queue, allocation)
 
     def synchronize(self) -> None:
         """See :class:`Views`."""

@@ -66,7 +66,7 @@ class Slabs:
         connection.phase = Phase.FILLING
         if entry.state(PINNED) is State.READY:
             self._store.grant(entry.key, PINNED, connection.number, connection.pid)
-        self._port.reply(connection, m.Filling(self._tiers.block_bytes_of(entry.extent_bytes)), [fd])
+        self._port.reply(connection, m.Filling(self._tiers.block_sizes(entry.extent_bytes)), [fd])
 
     def _create(self, connection: Connection, entry: Entry, extent_bytes: int) -> int:
         """A slab, for which idle ones give way one by one. DeviceMemoryFull, with who holds what, if that does not suffice."""
@@ -99,7 +99,7 @@ class Slabs:
         self.serve_wants(connection.key)
 
     def _count_blocks(self, entry: Entry) -> int:
-        return -(-entry.extent_bytes // self._tiers.block_bytes_of(entry.extent_bytes))
+        return len(self._tiers.block_sizes(entry.extent_bytes))
 
     def serve_wants(self, key: str) -> None:
         """Hand over the blocks of an entry that were wanted and are staged by now, in the order of the asking."""

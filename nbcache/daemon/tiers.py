@@ -17,7 +17,7 @@ from typing import Protocol
 from nbcache.daemon.entries import PINNED, SHARED, Place
 from nbcache.daemon.reader import CopySource, Reader, Source, Staging
 from nbcache.errors import HostMemoryFull
-from nbcache.memory.arena import BLOCK_BYTES, Arena, PinnedBlock, block_sizes, choose_block_bytes
+from nbcache.memory.arena import BLOCK_BYTES, Arena, PinnedBlock, block_sizes
 from nbcache.memory.driver import Driver
 from nbcache.memory.shared import SharedBlock
 
@@ -93,9 +93,9 @@ class Tiers:
         self._manifests: dict[str, int] = {}
         self._memory: dict[tuple[str, Place], Memory] = {}
 
-    def block_bytes_of(self, extent_bytes: int) -> int:
-        """How large the blocks of an extent's pinned copy are."""
-        return choose_block_bytes(extent_bytes, self.block_bytes)
+    def block_sizes(self, extent_bytes: int) -> tuple[int, ...]:
+        """How the pinned copy of an extent is cut into blocks."""
+        return block_sizes(extent_bytes, self.block_bytes)
 
     @property
     def driver(self) -> Driver:
@@ -202,7 +202,7 @@ class Tiers:
         self._memory[key, PINNED] = copy
 
         def areas() -> Generator[tuple[int, memoryview]]:
-            sizes = block_sizes(extent_bytes, self.block_bytes_of(extent_bytes))
+            sizes = self.block_sizes(extent_bytes)
             ahead: Future[PinnedBlock] | None = self._creator.submit(arena.acquire, sizes[0])
             start = 0
             try:

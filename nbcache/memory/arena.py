@@ -12,16 +12,17 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from nbcache.errors import DriverError
-from nbcache.memory.driver import Driver, Mapped, cpu_view, without_math_libraries
+from nbcache.layout import round_up
+from nbcache.memory.driver import GRANULARITY_BYTES, Driver, Mapped, cpu_view, without_math_libraries
 
 BLOCK_BYTES = 512 << 20
-"""Blocks of a large entry: each is a descriptor that the daemon keeps."""
+"""The largest block: each is a descriptor that the daemon keeps."""
 
-SMALLEST_BLOCK_BYTES = 64 << 20
-"""Blocks of a small one: a kernel maps the next block for its GPU while the last one is copied, so the first must be quick."""
+FIRST_BLOCK_BYTES = 48 << 20
+"""An entry's first block. A kernel maps it for its GPU before anything can be copied, so it must be quick."""
 
-SOME_BLOCKS = 32
-"""As many as an entry may have before its blocks become larger."""
+GROWTH = 4
+"""A block is larger than the one before by one part in so many: it takes no longer to map than that one to copy."""
 
 PinnedArray = Any
 """What the array maker gives: an array of bytes over a mapped block, keeping nothing but the address."""
@@ -114,14 +115,11 @@ class Arena:
         return PinnedBlock(self._driver, self._arrays, size_bytes)
 
 
-def choose_block_bytes(extent_bytes: int, largest_bytes: int = BLOCK_BYTES) -> int:
-    """How large an entry's blocks are: halved from the largest while there are few."""
-    size_bytes = largest_bytes
-    while size_bytes > SMALLEST_BLOCK_BYTES and extent_bytes * 2 <= SOME_BLOCKS * size_bytes:
-        size_bytes //= 2
-    return size_bytes
-
-
-def block_sizes(extent_bytes: int, block_bytes: int = BLOCK_BYTES) -> list[int]:
-    """How an extent is cut into blocks: all of ``block_bytes`` but the last."""
-    return [min(block_bytes, extent_bytes - at) for at in range(0, extent_bytes, block_bytes)]
+def block_sizes(extent_bytes: int, largest_bytes: int = BLOCK_BYTES) -> tuple[int, ...]:
+    """How an extent is cut into blocks: the first are small, the later ones large, the last takes the rest."""
+    sizes, size = [], min(FIRST_BLOCK_BYTES, largest_bytes)
+    while extent_bytes > 0:
+        sizes.append(min(size, extent_bytes))
+        extent_bytes -= size
+        size = min(size + round_up(size // GROWTH, GRANULARITY_BYTES), largest_bytes)
+    return tuple(sizes)

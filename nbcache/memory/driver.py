@@ -84,6 +84,9 @@ class Driver(Protocol):
     def copy(self, target: int, source: int, size_bytes: int, stream: int) -> None:
         """Queue a copy between mapped addresses on a stream of the current context."""
 
+    def allocation(self, address: int) -> tuple[int, int]:
+        """Where the memory that an address lies in begins and ends: what one allocation gave. No copy may cross that."""
+
     def check_import(self, fd: int) -> None:
         """Take a slab or block in by its descriptor, as another process would, and let it go again. Needs no context."""
 
@@ -280,6 +283,11 @@ class CudaDriver:
     def copy(self, target: int, source: int, size_bytes: int, stream: int) -> None:
         """See :class:`Driver`."""
         self._call("cuMemcpyAsync", target, source, size_bytes, stream)
+
+    def allocation(self, address: int) -> tuple[int, int]:
+        """See :class:`Driver`."""
+        start, size_bytes = self._call("cuMemGetAddressRange", address)
+        return int(start), int(start) + size_bytes
 
     def check_import(self, fd: int) -> None:
         """See :class:`Driver`."""

@@ -166,10 +166,10 @@ class Vacant(Message, frozen=True, tag="vacant"):
 
 
 class Filling(Message, frozen=True, tag="filling"):
-    """Daemon: yours to fill from the host copy, which is cut into blocks of this size. Descriptor: the slab."""
+    """Daemon: yours to fill from the host copy, which is cut into blocks of these sizes. Descriptor: the slab."""
 
     DESCRIPTORS = (1, 1)
-    block_bytes: int
+    block_sizes: tuple[int, ...]
 
 
 class Block(Message, frozen=True, tag="block"):

@@ -42,7 +42,7 @@ def failures(tmp_path):
 
 @pytest.fixture
 def emulated(runtime_dir, monkeypatch, failures):
-    """Daemon and kernels of this test have the emulated driver, with small blocks, so that an entry has several."""
+    """Daemon and kernels of this test have the emulated driver."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("NBCACHE_TEST_DRIVER", "tests.support.emulated:make")
     monkeypatch.setenv("NBCACHE_TEST_FAILURES", str(failures))
@@ -109,6 +109,17 @@ def test_a_cast_has_a_slab_of_its_own_and_the_files_own_dtype_has_not(kernel, pa
     assert kernel.run(f"same({load}'bfloat16'), {str(path)!r}, torch.bfloat16)")
     assert kernel.run(f"same({load}torch.float32), {str(path)!r}, torch.float32)")
     assert sorted(slab[1] for slab in slabs()) == ["", "BF16"]
+
+
+@pytest.mark.parametrize("dtype", ["", "dtype=torch.bfloat16"])
+def test_an_entry_of_several_blocks_of_which_the_last_is_padding(kernel, tmp_path, dtype):
+    """Three segments of 20 MiB, of which the last holds 1.5 MiB, in blocks of 48 and 12 MiB."""
+    path = write_checkpoint(tmp_path / "m.safetensors", sizes=(*((19, 1 << 17),) * 4, (3, 1 << 17)))
+    kernel.run(f"w = nbcache.load({str(path)!r}, device='cuda', share='readonly', {dtype})")
+    assert kernel.run(f"same(w, {str(path)!r}, {dtype})")
+    assert kernel.run("w.hit") is False
+    assert nbcache.status().host.used_bytes >= 60 << 20
+    assert [slab[2] for slab in slabs()] == ["resident"]
 
 
 def test_each_gpu_has_a_slab_of_its_own(kernel, path):

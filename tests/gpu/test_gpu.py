@@ -25,8 +25,10 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNEL = """
 import gc, os, torch, warnings, ctypes, json
 import nbcache
+from nbcache.client.notices import NoSharedGpuMemory
 from safetensors.torch import load_file
 torch.zeros(1, device="cuda")
+warnings.simplefilter("error", NoSharedGpuMemory)  # an ordinary copy would be the same
 is_cow = torch._C._is_cow_tensor
 
 def raw(t):
@@ -105,6 +107,23 @@ def test_every_size_equals_a_stock_load_and_is_aligned(kernel, path, share):
     assert kernel.run(f"same(w, {str(path)!r})")
     if share != "cow":  # asking a copy-on-write tensor for its address makes it private
         assert kernel.run("all(t.data_ptr() % 512 == 0 for t in w.values())")
+
+
+@pytest.mark.parametrize("share", ["cow", "readonly", "private"])
+def test_tensors_that_fill_their_segments_to_the_last_byte(kernel, tmp_path, share):
+    """Torch's segments may lie side by side, and no copy may cross from one to the next."""
+    sizes = [(512, 1024)] * 7 + [(256,)] * 9000 + [(10, 1024, 1024)] * 3 + [(20, 512, 1024)]
+    path = write(tmp_path / "m.safetensors", sizes)
+    kernel.run(f"w = {load(path, share)}")
+    assert kernel.run(f"same(w, {str(path)!r})")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_cast_of_several_blocks(kernel, tmp_path, dtype):
+    """Blocks of 48 MiB and more, of which the last is padding."""
+    path = write(tmp_path / "m.safetensors", [(19, 1 << 18)] * 14 + [(3, 1 << 18)])
+    kernel.run(f"w = {load(path, 'readonly', dtype=dtype)}")
+    assert kernel.run(f"all(torch.equal(w[n], t.to(w[n].dtype).cuda()) for n, t in load_file({str(path)!r}).items())")
 
 
 @pytest.mark.parametrize("share", ["cow", "readonly", "private"])

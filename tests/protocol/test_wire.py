@@ -84,7 +84,7 @@ DAEMON_MESSAGES: list[tuple[m.Message, int]] = [
     (m.Granted("k", "n", "file", True), 2),
     (m.Granted("k", "n", "file", True), 1),
     (m.Vacant("k", True), 1),
-    (m.Filling(1 << 29), 1),
+    (m.Filling((1 << 20, 1 << 29)), 1),
     (m.Block(3, 1 << 29), 1),
     (m.Absent(), 0),
     (m.Progress(1, 2), 0),

@@ -61,12 +61,12 @@ class EmulatedViews:
     def cow(self, slab, manifest):
         return {name: tensor.clone() for name, tensor in self.plain(slab, manifest).items()}, 0
 
-    def private(self, slab, manifest, queue):
+    def private(self, slab, manifest, queue, allocation):
         import torch
 
         from nbcache.client.slabs import private_tensors
 
-        return private_tensors(slab, manifest, torch.device("cpu"), queue)
+        return private_tensors(slab, manifest, torch.device("cpu"), queue, allocation)
 
     def synchronize(self) -> None:
         pass
@@ -167,6 +167,9 @@ class EmulatedDriver:
 
     def check_import(self, fd: int) -> None:
         self._map(fd, os.fstat(fd).st_size, Access.READ).close()
+
+    def allocation(self, address: int) -> tuple[int, int]:
+        return address, address + 1  # of the heap nothing is known: no two tensors are taken for one
 
     def copy(self, target: int, source: int, size_bytes: int, stream: int) -> None:
         self._copies += 1

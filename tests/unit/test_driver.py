@@ -117,6 +117,12 @@ def test_closing_a_slab_gives_its_memory_back(bench):
     assert bench.driver.free_bytes(bench.gpu.uuid) == before
 
 
+def test_where_an_allocation_ends(bench, stack):
+    _, mapped = slab(bench, stack)
+    start, end = bench.driver.allocation(mapped.address)
+    assert start <= mapped.address < end <= mapped.address + SIZE
+
+
 def test_mapping_more_than_there_is_is_refused(bench, stack):
     fd, _ = slab(bench, stack)
     with pytest.raises(DriverError):
@@ -175,7 +181,7 @@ def test_an_arena_serves_arrays_over_exportable_blocks(bench):
 
 @pytest.mark.parametrize(("extent", "sizes"), [(10, [10]), (16, [16]), (17, [16, 1]), (48, [16, 16, 16])])
 def test_an_extent_is_cut_into_blocks(extent, sizes):
-    assert block_sizes(extent, 16) == sizes
+    assert block_sizes(extent, 16) == tuple(sizes)
 
 
 WRITE_THROUGH_A_READ_MAP = """

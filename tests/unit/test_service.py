@@ -187,7 +187,7 @@ def test_who_wishes_ahead_fills_at_once_and_gets_its_first_blocks_as_they_are_st
     bench = make()
     entry, connection = offered(bench, ahead=2)
     bench.service._leases.attend(connection, entry)
-    assert bench.port.answers == [m.Vacant("k", True), m.Filling(2 * MIB)]
+    assert bench.port.answers == [m.Vacant("k", True), m.Filling((2 * MIB,) * 3)]
     assert connection.phase is Phase.FILLING
     bench.until("k", PINNED)
     assert bench.port.answers[2:] == [m.Block(0, 2 * MIB), m.Block(1, 2 * MIB)]

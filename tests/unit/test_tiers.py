@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nbcache.daemon.entries import PINNED, SHARED, Kind, Place
 from nbcache.daemon.reader import FileSource, Reader, Staging
 from nbcache.daemon.tiers import Tiers
 from nbcache.errors import CheckpointChanged, CheckpointUnreadable, DeviceMemoryFull, DriverError, HostMemoryFull
 from nbcache.manifest import Extent, Fingerprint, Manifest, Member, place_tensors
-from nbcache.memory.arena import PinnedBlock, choose_block_bytes
+from nbcache.memory.arena import PinnedBlock, block_sizes
 from nbcache.memory.shared import check_sealed, map_private, seal_bytes
 from tests.support.emulated import EmulatedDriver, plain_array
 
@@ -226,20 +228,16 @@ def test_a_last_block_takes_the_rest_alone(bench, manifest, path):
     assert_holds(bench.pinned(), manifest, path)
 
 
-@pytest.mark.parametrize(
-    ("extent_bytes", "largest_bytes", "expected_bytes"),
-    [
-        (1, 512 * MIB, 64 * MIB),
-        (2 << 30, 512 * MIB, 64 * MIB),
-        ((2 << 30) + 1, 512 * MIB, 128 * MIB),
-        (8 << 30, 512 * MIB, 256 * MIB),
-        ((8 << 30) + 1, 512 * MIB, 512 * MIB),
-        (1 << 40, 512 * MIB, 512 * MIB),
-        (1 << 30, 2 * MIB, 2 * MIB),
-    ],
-)
-def test_a_small_entry_has_small_blocks_and_a_large_one_few(extent_bytes, largest_bytes, expected_bytes):
-    assert choose_block_bytes(extent_bytes, largest_bytes) == expected_bytes
+@settings(deadline=None)
+@given(st.integers(1, 1 << 40), st.sampled_from([2 * MIB, 64 * MIB, 512 * MIB]))
+def test_blocks_begin_small_and_grow_so_that_a_large_entry_has_few(extent_bytes, largest_bytes):
+    sizes = block_sizes(extent_bytes, largest_bytes)
+    assert sum(sizes) == extent_bytes
+    assert max(sizes) <= largest_bytes
+    assert sizes[0] <= 48 * MIB
+    assert all(size % (2 * MIB) == 0 for size in sizes[:-1])
+    assert all(one <= other <= 1.3 * one for one, other in itertools.pairwise(sizes[:-1]))
+    assert len(sizes) <= 11 + extent_bytes / largest_bytes
 
 
 def test_one_block_is_enough_for_a_small_entry(bench, manifest, path):
