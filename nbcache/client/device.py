@@ -131,19 +131,22 @@ class Device:
         hosts: list[Mapped] = []
         try:
             blocks = self._blocks(offer, message.block_sizes, hosts, on_progress)
-            made = self._fill_from(blocks, descriptors[0], offer, layout, share)
-            try:
-                grant = committed(session, offer.manifest, on_progress)
-            except BaseException:
-                made.slab.end()  # nobody gets the tensors
-                raise
+            made, grant = self._fill_from(blocks, descriptors[0], offer, layout, share, on_progress)
         finally:
             os.close(descriptors[0])
             _unmap_later(hosts)
         os.close(grant.take_fd())
         return self._loaded(grant, made, layout, share)
 
-    def _fill_from(self, blocks: Iterator[Mapped], fd: int, offer: Offer, layout: Manifest, share: Share) -> _Made:
+    def _fill_from(
+        self,
+        blocks: Iterator[Mapped],
+        fd: int,
+        offer: Offer,
+        layout: Manifest,
+        share: Share,
+        on_progress: ProgressCallback | None,
+    ) -> tuple[_Made, Grant]:
         """Copy host blocks into a slab, make its tensors meanwhile, wait for all, and let nobody here write to it any more."""
         mapped = self._driver.map_slab(fd, layout.extent_bytes, self._gpu, Access.WRITE)
         slab = SlabMap(mapped, offer.session, self._views.synchronize, layout, self._gpu.ordinal)
@@ -154,8 +157,9 @@ class Device:
                 self._cast(offer.manifest, layout, slab, blocks)
             made = self._make(slab, layout, share)
             self._views.synchronize()  # nothing may be unmapped under a queued copy, nor committed
-            mapped.protect()
-            return made
+            offer.session.send(m.Commit())
+            mapped.protect()  # while the daemon answers: here nobody has the tensors yet
+            return made, committed(offer.session, offer.manifest, on_progress)
         except BaseException:
             slab.end()
             raise

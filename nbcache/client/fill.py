@@ -304,6 +304,7 @@ def put_bytes(name: str, manifest: Manifest, write: Callable[[mmap.mmap], None],
                 write(area)
         finally:
             block.close()
+        session.send(m.Commit())
         return committed(session, manifest)
     except BaseException:
         session.close()
@@ -311,8 +312,8 @@ def put_bytes(name: str, manifest: Manifest, write: Callable[[mmap.mmap], None],
 
 
 def committed(session: Session, manifest: Manifest, on_progress: ProgressCallback | None = None) -> Grant:
-    """Commit what this session filled; the grant of it."""
-    found = read_answer(session, session.request(m.Commit(), on_progress=on_progress), manifest)
+    """The grant of what this session filled and has said Commit of."""
+    found = read_answer(session, session.receive(on_progress), manifest)
     if not isinstance(found, Grant):
         raise ProtocolError("the daemon lost what was just committed")
     return found

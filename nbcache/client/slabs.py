@@ -12,6 +12,7 @@ import os
 import weakref
 from collections.abc import Callable
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -20,13 +21,15 @@ import torch
 from nbcache.client import tensors as edge
 from nbcache.client.session import Session
 from nbcache.layout import ALIGNMENT, MIB, SMALL_LIMIT, round_up
-from nbcache.manifest import Manifest, each_view, row_strides, stored_shape
+from nbcache.manifest import Extent, Manifest, each_view, row_strides, stored_shape
 from nbcache.memory.driver import Mapped
 
 Queue = Callable[[int, int, int], None]
 """Queues a copy of so many bytes, from the second address to the first."""
 Allocation = Callable[[int], tuple[int, int]]
 """Where the memory that an address lies in begins and ends; torch's segments may lie side by side."""
+BEGIN_BYTES = 2048 * MIB
+"""Memory that is asked for first: to copy so much takes longer than to ask for the rest."""
 RUN_BYTES = 256 * MIB
 """Tensors of about so many bytes are queued as one copy, so that the device need not wait for the last of them."""
 
@@ -114,26 +117,51 @@ def private_tensors(
     """Copies in memory of torch's own.
 
     That memory is asked for at once, where torch has none at hand: the driver takes as long for 24 GB as for a tensor of 20 MB,
-    and a model has hundreds. If it is not there at once, it is asked for tensor by tensor. The large tensors come first: while
-    they are copied, the small ones are made. In the slab's order, for torch then places them side by side as the slab does.
+    and a model has hundreds. A little of it comes first, so that copies begin; if the rest is not there at once, it is asked
+    for tensor by tensor. The large tensors come first: while they are copied, the small ones are made. In the slab's order, for
+    torch then places them side by side as the slab does.
     """
     is_cuda = device.type == "cuda"
-    if is_cuda:
-        need = sum(extent.nbytes for extent in manifest.tensors)
-        if torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) < need // 8:
-            with contextlib.suppress(torch.OutOfMemoryError):
-                torch.empty(need, dtype=torch.uint8, device=device)  # freed again, into torch's cache
+    waiting = _lacking(manifest, device) if is_cuda else 0
+    begin = min(waiting, BEGIN_BYTES)
+    _reserve(begin, device)
+    waiting -= begin
     dtypes = edge.dtypes_of(manifest)
     runs = _Runs(queue, allocation, ALIGNMENT if is_cuda else 1)
     found: dict[str, torch.Tensor] = {}
-    rows = map(msgspec.structs.astuple, manifest.tensors)
-    for name, dtype, shape, _, _, nbytes, place in sorted(rows, key=lambda row: (row[5] <= SMALL_LIMIT, row[6])):
-        stored, strides = _stored(dtype, shape)
-        found[name] = tensor = torch.empty_strided(stored, strides, dtype=dtypes[dtype], device=device)
-        if nbytes:
-            runs.add(tensor.data_ptr(), slab.address + place, nbytes)
+    placed = 0
+    for extent in _large_first(manifest):
+        if waiting and placed > begin * 3 // 4:
+            _reserve(waiting, device)
+            waiting = 0
+        stored, strides = _stored(extent.dtype, extent.shape)
+        found[extent.name] = tensor = torch.empty_strided(stored, strides, dtype=dtypes[extent.dtype], device=device)
+        if extent.nbytes:
+            runs.add(tensor.data_ptr(), slab.address + extent.place, extent.nbytes)
+            placed += extent.nbytes
     runs.end()
     return {extent.name: found[extent.name] for extent in manifest.tensors}  # in file order again
+
+
+def _lacking(manifest: Manifest, device: torch.device) -> int:
+    """How much memory torch has to ask for; 0 if most of it is at hand."""
+    need = sum(extent.nbytes for extent in manifest.tensors)
+    at_hand = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return need if at_hand < need // 8 else 0
+
+
+def _reserve(size_bytes: int, device: torch.device) -> None:
+    """Have torch ask for memory, which it keeps for what comes; if there is not so much at once, what comes asks for itself."""
+    if size_bytes:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            torch.empty(size_bytes, dtype=torch.uint8, device=device)
+
+
+def _large_first(manifest: Manifest) -> list[Extent]:
+    """The tensors in the slab's order, but those of its first class last."""
+    extents = sorted(manifest.tensors, key=attrgetter("place"))
+    small = [extent for extent in extents if extent.nbytes <= SMALL_LIMIT]
+    return [extent for extent in extents if extent.nbytes > SMALL_LIMIT] + small
 
 
 class _Runs:

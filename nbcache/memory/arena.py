@@ -18,11 +18,11 @@ from nbcache.memory.driver import GRANULARITY_BYTES, Driver, Mapped, cpu_view, w
 BLOCK_BYTES = 512 << 20
 """The largest block: each is a descriptor that the daemon keeps."""
 
-FIRST_BLOCK_BYTES = 48 << 20
+FIRST_BLOCK_BYTES = 64 << 20
 """An entry's first block. A kernel maps it for its GPU before anything can be copied, so it must be quick."""
 
-GROWTH = 4
-"""A block is larger than the one before by one part in so many: it takes no longer to map than that one to copy."""
+GROWTH = 1.4
+"""How much larger a block is than the one before: it takes about as long to map as that one to copy."""
 
 PinnedArray = Any
 """What the array maker gives: an array of bytes over a mapped block, keeping nothing but the address."""
@@ -121,5 +121,5 @@ def block_sizes(extent_bytes: int, largest_bytes: int = BLOCK_BYTES) -> tuple[in
     while extent_bytes > 0:
         sizes.append(min(size, extent_bytes))
         extent_bytes -= size
-        size = min(size + round_up(size // GROWTH, GRANULARITY_BYTES), largest_bytes)
+        size = min(round_up(int(size * GROWTH), GRANULARITY_BYTES), largest_bytes)
     return tuple(sizes)

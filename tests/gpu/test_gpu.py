@@ -120,7 +120,7 @@ def test_tensors_that_fill_their_segments_to_the_last_byte(kernel, tmp_path, sha
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_cast_of_several_blocks(kernel, tmp_path, dtype):
-    """Blocks of 48 MiB and more, of which the last is padding."""
+    """Blocks of 64, 90 and 6 MiB, of which the last is padding."""
     path = write(tmp_path / "m.safetensors", [(19, 1 << 18)] * 14 + [(3, 1 << 18)])
     kernel.run(f"w = {load(path, 'readonly', dtype=dtype)}")
     assert kernel.run(f"all(torch.equal(w[n], t.to(w[n].dtype).cuda()) for n, t in load_file({str(path)!r}).items())")
