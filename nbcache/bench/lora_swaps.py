@@ -111,7 +111,6 @@ class _Bench:
 
     def churn(self, paths: list[str], swaps: int, uuid: str) -> Churn:
         """Random swaps, and what grew with them."""
-        import gc
         import random
 
         from nbcache.models.lora import load_lora, unload_lora
@@ -119,15 +118,14 @@ class _Bench:
         order = random.Random(5)  # noqa: S311 - which LoRA comes next
         for path in [*paths, *(order.choice(paths) for _ in range(swaps // 4))]:
             load_lora(self._pipe, path)
-        kernel.synchronize()
-        gc.collect()
+        self._settle()
         before, hot = _memory(uuid), 0
         start = time.perf_counter()
         for _ in range(swaps):
             hot += load_lora(self._pipe, order.choice(paths)).found == "hot"
         kernel.synchronize()
         seconds = time.perf_counter() - start
-        gc.collect()
+        self._settle()
         after = _memory(uuid)
         load_lora(self._pipe, paths[0])
         found = self._output()
@@ -164,9 +162,8 @@ class _Bench:
 
     @staticmethod
     def _cool() -> None:
-        """Nothing of ours on the GPU any more, all in pinned host memory; and what the last load left to be unmapped is."""
+        """Nothing of ours on the GPU any more, all in pinned host memory."""
         import nbcache
-        from nbcache.client.device import LINGER_S
         from nbcache.models.lora_cache import hot
 
         hot().clear()
@@ -175,6 +172,17 @@ class _Bench:
             if time.monotonic() > limit:
                 raise BenchmarkFailed("a slab that nobody uses stays on the GPU")
             nbcache.free_gpu()
+        _Bench._settle()
+
+    @staticmethod
+    def _settle() -> None:
+        """Until nothing is left to be done: garbage is collected, and what the last load left to be unmapped is."""
+        import gc
+
+        from nbcache.client.device import LINGER_S
+
+        kernel.synchronize()
+        gc.collect()
         time.sleep(2 * LINGER_S)
 
     def _output(self) -> torch.Tensor:
