@@ -96,9 +96,10 @@ def _judge_learning(state: KernelState) -> Finding:
     config = _options()
     if config.zygote_idle_s <= 0:
         return ok("imports ahead", "switched off (NBCache.zygote_idle_s is 0)")
-    if config.preload is not None:
-        return ok("imports ahead", f"as NBCache.preload names: {', '.join(config.preload) or 'nothing beside torch'}")
     left_out = "".join(f"; left out: {name} ({reason})" for name, reason in state.broken.items())
+    if config.preload is not None:
+        names = ", ".join(config.preload) or "nothing beside torch"
+        return ok("imports ahead", f"as NBCache.preload names: {names}{left_out if config.preload else ''}")
     return ok("imports ahead", f"torch, and as learned: {_seconds(state.learned) or 'nothing yet'}{left_out}")
 
 

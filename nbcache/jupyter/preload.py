@@ -87,12 +87,17 @@ def prepare_environment() -> None:
         os.environ["MPLBACKEND"] = INLINE_BACKEND  # as ipykernel sets it, and matplotlib reads it when it is imported
 
 
-def preload(names: Sequence[str], deferred: Container[str] = (), after_each: Callable[[str], None] | None = None) -> Preloaded:
+def preload(
+    names: Sequence[str],
+    deferred: Container[str] = (),
+    before_each: Callable[[str], None] = lambda _: None,
+    after_each: Callable[[str], None] = lambda _: None,
+) -> Preloaded:
     """Import the kernel's modules, torch, and these. Broken for the first that a fork would not survive.
 
     A module that cannot be imported is left out; ImportError only for what a kernel cannot do without. The packages that are
-    ``deferred`` get modules that are executed when they are used. ``after_each`` is called with each name after its import, and
-    may raise what the caller likes.
+    ``deferred`` get modules that are executed when they are used. ``before_each`` and ``after_each`` are called with each name,
+    before and after its import, and may raise what the caller likes.
     """
     watch = _Watch(deferred)
     done, before = Preloaded(), dict(os.environ)
@@ -103,11 +108,13 @@ def preload(names: Sequence[str], deferred: Container[str] = (), after_each: Cal
         done.kernel = top_level(sys.modules)
         done.variables = {name: value for name, value in os.environ.items() if before.get(name) != value}
         for name in ("torch", *names):
-            seconds = watch.load(name) if name not in sys.modules else None
+            if name in sys.modules:
+                continue
+            before_each(name)
+            seconds = watch.load(name)
             if seconds is not None:
                 done.seconds[name] = seconds
-                if after_each is not None:
-                    after_each(name)
+                after_each(name)
         if "torch" in sys.modules:
             importlib.import_module("nbcache.client.api").prepare()
     if watch.refused:

@@ -42,6 +42,36 @@ BROKEN = 3
 """The status of an attempt that has shown something wrong."""
 CULPRIT_S = 60.0
 """How long to look for the package that is to blame."""
+IMPORT_S = 600
+"""How long one import may take. A module that takes longer ends the process, as one that crashes does."""
+DEATHS = 2
+"""So many processes must have ended with a module before it is left out: the first may have been ended by somebody."""
+
+
+class Obituary:
+    """What is imported now, noted in the file of the lock: whoever has the lock next knows what the process before died of.
+
+    ``name`` is the module that it died of, if it did, and ``deaths`` how many have in a row.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self.name, _, count = os.pread(fd, 4096, 0).decode(errors="replace").partition("\n")
+        self.deaths = (int(count) if count.isdecimal() else 0) + 1 if self.name else 0
+
+    def begin(self, name: str) -> None:
+        """This module comes next."""
+        self._write(f"{name}\n{self.deaths if name == self.name else 0}")
+        signal.alarm(IMPORT_S)
+
+    def end(self) -> None:
+        """All is well, or will be told otherwise."""
+        signal.alarm(0)
+        self._write("")
+
+    def _write(self, text: str) -> None:
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, text.encode(errors="replace"), 0)
 
 
 class Upbringing:
@@ -71,7 +101,7 @@ class Upbringing:
         if lock < 0 or (SUCCESSOR not in self._options and _is_answered(self.place.socket)):
             return
         prepare_environment()
-        preloaded = self._import()
+        preloaded = self._import(Obituary(lock))
         settle()
         if reason := proof.probe():
             self._begin_again(reason)
@@ -88,15 +118,20 @@ class Upbringing:
         )
         nursery.run()
 
-    def _import(self) -> Preloaded:
+    def _import(self, obituary: Obituary) -> Preloaded:
         newest = max(_modified(folder) for folder in installed_folders())
         with contextlib.suppress(OSError), revise() as known:
             if known.installed_at != newest:
                 known.installed_at, known.broken = newest, {}  # it may work now
+            if obituary.deaths >= DEATHS and obituary.name in wanted(self._settings.preload, known):
+                leave_out(known, obituary.name, "ends the process that imports it, or does not come to an end")
         known = recall()
         self._names = names = wanted(self._settings.preload, known)
         try:
-            return preload(names, known.broken, self._prove if CAREFUL in self._options else None)
+            try:
+                return preload(names, known.broken, obituary.begin, self._prove if CAREFUL in self._options else lambda _: None)
+            finally:
+                obituary.end()
         except Broken as error:
             if error.name not in names:
                 raise

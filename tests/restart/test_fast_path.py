@@ -7,6 +7,7 @@ import inspect
 import os
 import resource
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from nbcache.jupyter.experience import Experience, recall, revise
 from nbcache.jupyter.installed import InstalledOnly, Snapshot, installed_folders, shadowed
 from nbcache.jupyter.kernelspec import end_zygotes, examine
 from nbcache.jupyter.preload import leave_out, wanted, weigh
+from nbcache.jupyter.zygote import Obituary
 from tests.support.kernels import REPOSITORY, Kernel
 from tests.support.waiting import eventually
 from tests.support.zygotes import is_forked, processes_of, start_zygote, write_specs, zygote, zygote_environment
@@ -119,6 +121,49 @@ def test_a_thread_that_nobody_misses_after_a_fork_is_none(environment, own_specs
         assert not recall().broken
         kernel.restart()
         assert is_forked(kernel)
+
+
+@pytest.mark.parametrize("source", ["import os\nos._exit(0)", "import os\nos.abort()"], ids=["exits", "crashes"])
+def test_a_module_that_ends_the_zygote_is_left_out_after_the_second_time(environment, own_specs, monkeypatch, tmp_path, source):
+    """The first time may be anybody's: a shutdown, somebody's kill."""
+    monkeypatch.setenv("NBCACHE_PRELOAD", "fatal,fine")
+    installed(environment, "fatal", source)
+    installed(environment, "fine", "value = 1")
+
+    def died(deaths: int) -> bool:
+        notes = [file.read_text() for file in (tmp_path / "runtime" / "zygotes").glob("*.lock")]
+        return notes == [f"fatal\n{deaths}"] and not processes_of(tmp_path)
+
+    for deaths in (0, 1):
+        with Kernel("nbcache", own_specs) as kernel:
+            assert not is_forked(kernel)
+            eventually(lambda deaths=deaths: died(deaths), 100)
+            assert not recall().broken
+    assert set(start_zygote(own_specs).preloaded) == {"torch", "fine"}
+    assert list(recall().broken) == ["fatal"]
+    assert "ends the process" in examine().broken["fatal"]
+    with Kernel("nbcache", own_specs) as kernel:
+        assert is_forked(kernel)
+
+
+def test_an_import_that_does_not_end_ends_the_zygote(tmp_path):
+    note = tmp_path / "lock"
+    code = f"""
+import os, time
+from nbcache.jupyter import zygote
+zygote.IMPORT_S = 1
+zygote.Obituary(os.open({str(note)!r}, os.O_RDWR | os.O_CREAT)).begin("hangs")
+time.sleep(60)
+"""
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", code], timeout=50, check=False).returncode == -signal.SIGALRM
+    with note.open("r+b") as file:
+        found = Obituary(file.fileno())
+        assert (found.name, found.deaths) == ("hangs", 2)
+        found.begin("another")
+        assert Obituary(file.fileno()).deaths == 1
+        found.end()
+        assert (Obituary(file.fileno()).name, Obituary(file.fileno()).deaths) == ("", 0)
 
 
 def test_a_driver_that_was_initialised_before_the_fork_is_noticed():
