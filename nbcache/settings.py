@@ -78,6 +78,13 @@ def as_text(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
+def files() -> list[str]:
+    """The configuration files that would be read if they were there."""
+    from jupyter_core.paths import jupyter_config_path
+
+    return [os.path.join(folder, f"{BASE}.{suffix}") for folder in jupyter_config_path() for suffix in ("py", "json")]
+
+
 def read_files(folders: Iterable[str] | None = None) -> dict[str, tuple[Any, str]]:
     """What the files set: option to value and path, the first folder of Jupyter's config path going before the later ones.
 

@@ -144,10 +144,9 @@ def private_tensors(
 
 
 def _lacking(manifest: Manifest, device: torch.device) -> int:
-    """How much memory torch has to ask for; 0 if most of it is at hand."""
+    """How much memory torch has to ask for, beside what it keeps."""
     need = sum(extent.nbytes for extent in manifest.tensors)
-    at_hand = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return need if at_hand < need // 8 else 0
+    return max(0, need - (torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)))
 
 
 def _reserve(size_bytes: int, device: torch.device) -> None:

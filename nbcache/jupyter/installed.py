@@ -88,10 +88,10 @@ def is_below(path: str, folders: Iterable[str]) -> bool:
 
 
 class Snapshot:
-    """The files that this process has imported and the folders they can come from, as they were."""
+    """The files that this process has imported and the folders they can come from, as they were; and others, there or not."""
 
-    def __init__(self) -> None:
-        self._stamps = {path: _stamp(path) for path in self._watched()}
+    def __init__(self, others: Iterable[str] = ()) -> None:
+        self._stamps = {path: _stamp(path) for path in (*self._watched(), *others)}
 
     def _watched(self) -> set[str]:
         files = {file for module in list(sys.modules.values()) if isinstance(file := getattr(module, "__file__", None), str)}

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from nbcache import settings
 from nbcache.jupyter import handover
 from nbcache.jupyter.experience import by_package
 from nbcache.jupyter.installed import Snapshot, installed_folders, shadowed
@@ -52,7 +53,7 @@ class Nursery:
         self._preloaded = preloaded
         self._ahead = preloaded.ahead()
         self._user_folders = _user_folders()
-        self._snapshot = Snapshot()
+        self._snapshot = Snapshot(settings.files())
         self._idle_s = idle_s
         self._prepare = prepare
         self._tick = tick

@@ -282,6 +282,22 @@ def test_a_configuration_file_switches_it_off_too(environment, own_specs, monkey
     assert examine().zygotes == ()
 
 
+def test_a_configuration_file_that_is_written_later_counts_from_the_next_start_on(
+    environment, own_specs, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("JUPYTER_CONFIG_DIR", str(tmp_path / "config"))
+    (tmp_path / "config").mkdir()
+    installed(environment, "chosen", "value = 1")
+    first = start_zygote(own_specs)
+    (tmp_path / "config" / "jupyter_nbcache_config.py").write_text("c.NBCache.preload = ['chosen']")
+    with Kernel("nbcache", own_specs) as kernel:
+        assert not is_forked(kernel)
+        eventually(lambda: [each.pid for each in examine().zygotes if each.ready] not in ([], [first.pid]), 100)
+        assert set(zygote().preloaded) == {"torch", "chosen"}
+        kernel.restart()
+        assert is_forked(kernel)
+
+
 def test_no_zygote_takes_over_the_limits_of_a_confined_launcher(environment, own_specs, tmp_path):
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     command = f"ulimit -n 200; exec {sys.executable} -c {shlex.quote(IS_CONFINED)}"
