@@ -35,9 +35,10 @@ MAX_INDEX_BYTES = 100 << 20
 PREFERRED = ("model", "diffusion_pytorch_model", "pytorch_model")
 """Stems that a folder with several checkpoints is asked for first, as transformers and diffusers do."""
 
-_VARIANT_INDEX = re.compile(r"\.safetensors\.index\.[\w-]+\.json$")
+_VARIANT_INDEX = re.compile(r"\.(safetensors|bin)\.index\.[\w-]+\.json$")
 """Of a variant, such as fp16: named explicitly, never found by itself."""
-_HUB_BLOB = re.compile(r"^[0-9a-f]{64}$")
+_HUB_BLOB = re.compile(r"^([0-9a-f]{64}|[0-9a-f]{40})$")
+"""A large file's sha256, or a small one's git hash: a shard index that two repositories share is one too."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def _member(path: str) -> Member:
 
 
 def _hub_sha256(path: str) -> str:
-    """The sha256 that a large file of the Hugging Face cache is named by (``snapshots/REV/x -> blobs/SHA256``), or nothing."""
+    """The hash that a file of the Hugging Face cache is named by (``snapshots/REV/x -> blobs/HASH``), or nothing."""
     if not os.path.islink(path):
         return ""
     blob = Path(os.path.realpath(path))

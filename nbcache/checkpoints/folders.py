@@ -53,6 +53,8 @@ class PipelineIndex:
     folder: str
     class_name: str
     components: tuple[Component, ...]
+    custom: bool = False
+    """Whether the class is not diffusers' own, but in a file beside."""
 
     def home(self, component: str) -> str:
         """The folder of a component: its own, or the pipeline's where it has none."""
@@ -82,8 +84,9 @@ def read_pipeline(folder: str) -> PipelineIndex:
     path = os.path.join(folder, PIPELINE_INDEX)
     index = read_json(path)
     class_name = index.get("_class_name")
-    if isinstance(class_name, list):  # a custom pipeline: [module, class]
-        class_name = class_name[-1]
+    custom = False
+    if isinstance(class_name, list):  # [module, class]
+        class_name, custom = class_name[-1], True
     if not isinstance(class_name, str):
         raise CheckpointInvalid(f"{path}: names no pipeline class (_class_name)")
     found = []
@@ -94,7 +97,7 @@ def read_pipeline(folder: str) -> PipelineIndex:
             raise CheckpointInvalid(f"{path}: component {name!r} is {value!r}, expected [library, class]")
         if value[0] is not None and value[1] is not None:
             found.append(Component(name, value[0], value[1]))
-    return PipelineIndex(folder, class_name, tuple(found))
+    return PipelineIndex(folder, class_name, tuple(found), custom)
 
 
 def read_json(path: str) -> dict[str, Any]:
@@ -129,8 +132,10 @@ def weights_path(folder: str, variant: str = "") -> str:
 
 def variant_files(variant: str) -> tuple[str, ...]:
     """The files that may stand for a variant: shard indices first, as a lone shard is no checkpoint."""
-    indices = tuple(f"{stem}.safetensors.index.{variant}.json" for stem in STEMS)
-    return indices + tuple(f"{stem}.{variant}.safetensors" for stem in STEMS)
+    formats = ("safetensors", "bin")
+    indices = [f"{stem}.{suffix}.index.{variant}.json" for suffix in formats for stem in STEMS]
+    files = [f"{stem}.{variant}.{suffix}" for suffix in formats for stem in STEMS]
+    return tuple(sorted([*indices, *files], key=lambda name: "safetensors" not in name))
 
 
 def class_name_of(config: Mapping[str, Any], path: str) -> str:
@@ -148,5 +153,5 @@ def variant_names(folder: str) -> list[str]:
         names = os.listdir(folder)
     except OSError:
         return []
-    found = re.compile(rf"({'|'.join(STEMS)})\.(safetensors\.index\.[\w-]+\.json|[\w-]+\.safetensors)")
+    found = re.compile(rf"({'|'.join(STEMS)})\.((safetensors|bin)\.index\.[\w-]+\.json|[\w-]+\.(safetensors|bin))")
     return sorted(name for name in names if found.fullmatch(name))

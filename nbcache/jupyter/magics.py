@@ -16,7 +16,7 @@ from typing import Any
 from IPython.core.error import UsageError
 from IPython.core.interactiveshell import ExecutionResult, InteractiveShell
 from IPython.core.magic import line_magic, magics_class, no_var_expand
-from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
+from IPython.core.magic_arguments import argument, magic_arguments
 
 from nbcache import settings
 from nbcache.client import api, spare
@@ -27,7 +27,7 @@ from nbcache.errors import EntryInUse, NBCacheError
 from nbcache.jupyter.completer import MagicCompleter
 from nbcache.jupyter.display import count_sharers, idle_slab_bytes, lora_summary, model_summary, summary
 from nbcache.jupyter.learning import Learner
-from nbcache.jupyter.manners import MannerlyMagics, first_word, one_line_errors, unquoted
+from nbcache.jupyter.manners import MannerlyMagics, first_word, one_line_errors, parsed, unquoted
 from nbcache.jupyter.panels import StatusView
 from nbcache.jupyter.release import release
 from nbcache.models import api as models
@@ -78,11 +78,11 @@ class NBCacheMagics(MannerlyMagics):
             %load_weights ~/models/minilm --raw --as w
             pipe = %load_weights flux-dev
         """
-        args = parse_argstring(self.load_weights, line)
+        args = parsed(self.load_weights, line)
         if args.variable and (not args.variable.isidentifier() or keyword.iskeyword(args.variable)):
             raise UsageError(f"--as {args.variable}: not the name of a variable")
         start = time.perf_counter()
-        name = unquoted(args.name)
+        name = args.name
         where = {"revision": args.revision, "variant": args.variant, "subfolder": args.subfolder}
         made = None
         with self.progress(args.name) as progress:
@@ -147,8 +147,8 @@ class NBCacheMagics(MannerlyMagics):
         """
         from nbcache.models.lora import load_lora
 
-        args = parse_argstring(self.load_lora, line)
-        loaded = load_lora(self._value_of(args.pipe), unquoted(args.name), args.scale, unquoted(args.adapter))
+        args = parsed(self.load_lora, line)
+        loaded = load_lora(self._value_of(args.pipe), args.name, args.scale, args.adapter)
         self.say(lora_summary(loaded))
 
     @one_line_errors
@@ -166,8 +166,8 @@ class NBCacheMagics(MannerlyMagics):
         """
         from nbcache.models.lora import unload_lora
 
-        args = parse_argstring(self.unload_lora, line)
-        unload_lora(self._value_of(args.pipe), unquoted(args.adapter) if args.adapter else None)
+        args = parsed(self.unload_lora, line)
+        unload_lora(self._value_of(args.pipe), args.adapter or None)
 
     @one_line_errors
     @magic_arguments()
@@ -191,11 +191,11 @@ class NBCacheMagics(MannerlyMagics):
             %weights release minilm
             %weights free-gpu
         """
-        args = parse_argstring(self.weights, line)
+        args = parsed(self.weights, line)
         if not args.action:
             private = {weights.key: weights.private_bytes for weights in alive()}
             return StatusView(api.status(), api.manifest, private)
-        name = unquoted(args.name or "")
+        name = args.name or ""
         if args.action == "free-gpu":
             freed = api.free_gpu(name)
             self.say(f"freed {format_size(freed.freed_bytes)} of GPU memory")
@@ -224,7 +224,7 @@ class NBCacheMagics(MannerlyMagics):
             %nbcache on
             pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev")
         """
-        args = parse_argstring(self.nbcache, line)
+        args = parsed(self.nbcache, line)
         if args.state:
             hooks.turn(args.state == "on")
         else:
@@ -232,11 +232,10 @@ class NBCacheMagics(MannerlyMagics):
 
     def _value_of(self, argument: str) -> object:
         """What a variable or expression is. UsageError if it is none."""
-        text = unquoted(argument)
         try:
-            return self.the_shell.ev(text)
+            return self.the_shell.ev(argument)
         except (NameError, SyntaxError) as error:
-            raise UsageError(f"{text}: {error.msg if isinstance(error, SyntaxError) else error}") from error
+            raise UsageError(f"{argument}: {error.msg if isinstance(error, SyntaxError) else error}") from error
 
     def after_cell(self, result: ExecutionResult) -> None:
         """IPython calls this after each cell: let go of weights that it dropped; help where the GPU was full."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.magic import Magics
+from IPython.core.magic_arguments import parse_argstring
 
 from nbcache import completion
 from nbcache.errors import NBCacheError
@@ -86,6 +88,15 @@ def first_word(line: str) -> tuple[str, str]:
     quoted = line[:1] in ("'", '"') and line[0] in line[1:]
     end = line.index(line[0], 1) + 1 if quoted else len(line.partition(" ")[0])
     return line[:end], line[end:]
+
+
+def parsed(magic: Callable[..., Any], line: str) -> Namespace:
+    """The arguments of a line. Quotes that hold words together are not part of them."""
+    arguments: Namespace = parse_argstring(magic, line)  # type: ignore[no-untyped-call]
+    for name, value in vars(arguments).items():
+        if isinstance(value, str):
+            setattr(arguments, name, unquoted(value))
+    return arguments
 
 
 def unquoted(text: str) -> str:

@@ -53,10 +53,12 @@ def load_model(
     config : for a single-file checkpoint in its authors' own layout: the folder or hub id of a diffusers pipeline or model that
         is built the same; the file is converted once, and kept converted. Of a GGUF file nothing is converted: what is
         quantized stays so, and is computed with in ``dtype``
-    model_class : in place of the class that the config names; what the checkpoint lacks for it is then initialised by the
-        library, which says so
+    model_class : in place of the class that the config names, or of the pipeline's; what the checkpoint lacks for a model of it
+        is then initialised by the library, which says so
     on_progress : called with staged and total bytes while files are read
-    options : handed to the library's ``from_pretrained`` (``safety_checker=None``, ``attn_implementation="sdpa"``)
+    options : handed to the library's ``from_pretrained`` (``safety_checker=None``, ``attn_implementation="sdpa"``,
+        ``num_labels=5``). What is quantized, or is to be (``quantization_config``), and models with code of their own
+        (``trust_remote_code=True``) are loaded the ordinary way, and a warning says so
 
     Raises
     ------
@@ -121,8 +123,10 @@ def assemble_name(
     from nbcache.checkpoints.names import find, find_config
     from nbcache.client.fill import meaning_of
 
-    folder = find(meaning_of(name)[0], revision, subfolder, variant)
+    text, meaning = meaning_of(name)
+    folder = find(text, revision, subfolder, variant)
     config_folder = find_config(meaning_of(config)[0]) if config else ""
+    known_as = meaning.repo_id or (meaning.path if meaning.aliased else text)
     start = time.perf_counter()
     from nbcache.models.assembly import Request, assemble  # brings torch
     from nbcache.models.supply import Supply, one_dtype
@@ -132,4 +136,4 @@ def assemble_name(
         components = tuple(part.strip() for part in components.split(",") if part.strip())
     supply = Supply(device, one_dtype(dtype, torch_dtype), share, on_progress)
     supply.clock.spent.imports_s = imports_s
-    return assemble(folder, Request(tuple(components), raw, variant, model_class, config_folder, options), supply)
+    return assemble(folder, Request(tuple(components), raw, variant, model_class, config_folder, options, known_as), supply)

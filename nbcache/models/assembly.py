@@ -16,6 +16,9 @@ from nbcache.models import diffusers, pipelines, single_file, transformers
 from nbcache.models.packages import class_of, quiet, require
 from nbcache.models.supply import Spent, Supply, Tally
 
+QUANTIZED = "its weights are quantized, or are to be"
+CUSTOM = "it has code of its own"
+
 
 @dataclass(frozen=True)
 class Assembled:
@@ -41,11 +44,15 @@ class Request:
     config: str = ""
     """For a single file: the folder that says how it is built."""
     options: Mapping[str, Any] | None = None
+    known_as: str = ""
+    """What it was asked for as: a repository, a path as it was typed."""
 
 
 def assemble(folder: str, request: Request, supply: Supply) -> Assembled:
     """Load what a path holds: a pipeline, a model, or ``Weights`` where it is neither (or with ``raw``)."""
-    with uncollected():  # the modules of a model are another reason for it to look through all that was imported
+    # The modules of a model are another reason for the collector to look through all that was imported; and in inference mode
+    # the libraries' own loads give parameters that can be trained all the same.
+    with uncollected(), torch.inference_mode(False):
         value, what = _assemble(folder, request, supply)
     return Assembled(value, folder, what, supply.named_device, supply.tally, supply.clock.stop())
 
@@ -58,6 +65,8 @@ def _assemble(folder: str, request: Request, supply: Supply) -> tuple[Any, str]:
         made = single_file.assemble(folder, request.config, request.model_class, supply, parts)
         return made, ", ".join(made) if isinstance(made, dict) else type(made).__name__
     kind = kind_of(folder)
+    if request.model_class is not None and (request.raw or kind is FolderKind.BARE or request.components):
+        raise InvalidOption(f"{folder}: model_class says what a model or a whole pipeline is to be; leave it out")
     if kind is FolderKind.PIPELINE:
         return _assemble_pipeline(read_pipeline(folder), request, supply)
     if request.components:
@@ -75,21 +84,31 @@ def _assemble_model(folder: str, kind: FolderKind, request: Request, supply: Sup
         library = require(kind.name.lower(), f"{folder}, {kind.value},")
         room = diffusers if kind is FolderKind.DIFFUSERS else transformers
         chosen = request.model_class
-        cls = class_of(library, chosen, folder) if isinstance(chosen, str) else chosen or room.model_class(folder)
+        is_trusted = kind is FolderKind.TRANSFORMERS and options.get("trust_remote_code")
+        custom = transformers.custom_class(folder, chosen) if is_trusted else None
+        cls = class_of(library, chosen, folder) if isinstance(chosen, str) else chosen or custom or room.model_class(folder)
     with quiet(library):
+        if options.get("quantization_config") or not pipelines.is_plain(folder):
+            return pipelines.load_stock(folder, cls, supply, QUANTIZED, variant=request.variant, **options)  # type: ignore[no-any-return]
+        if custom:
+            return pipelines.load_stock(folder, custom, supply, CUSTOM, variant=request.variant, **options)  # type: ignore[no-any-return]
         if kind is FolderKind.TRANSFORMERS:
-            return transformers.assemble(folder, cls, supply, variant=request.variant, lenient=chosen is not None, **options)
+            return transformers.assemble(
+                folder, cls, supply, variant=request.variant, lenient=chosen is not None, known_as=request.known_as, **options
+            )
         if not options and locate(weights_path(folder, request.variant)).endswith(single_file.GGUF_SUFFIX):
             return single_file.assemble(folder, folder, cls, supply)  # type: ignore[no-any-return]
         if options:
             raise InvalidOption(f"{', '.join(options)}: a diffusers model is made from its config alone")
-        return diffusers.assemble(folder, cls, supply, variant=request.variant)
+        return diffusers.assemble(folder, cls, supply, variant=request.variant, known_as=request.known_as)
 
 
 def _assemble_pipeline(index: PipelineIndex, request: Request, supply: Supply) -> tuple[Any, str]:
     pipelines.check_names(index, request.components)
     if not request.raw and not request.components:
-        pipeline = pipelines.assemble(index, supply, request.variant, dict(request.options or {}))
+        pipeline = pipelines.assemble(index, supply, request.variant, dict(request.options or {}), request.model_class)
+        if request.known_as:
+            pipeline.register_to_config(_name_or_path=request.known_as)
         return pipeline, type(pipeline).__name__
     with supply.clock.imports():
         classes = pipelines.model_components(index)
@@ -106,6 +125,9 @@ def _part(index: PipelineIndex, name: str, classes: dict[str, type[Any]], reques
         if name not in classes:
             raise InvalidOption(f"{index.folder}: component {name} has no weights to give raw")
         return supply.weights(weights_path(index.home(name), request.variant), supply.dtype_of(name))
-    if name in classes:
-        return pipelines.assemble_component(index, name, classes[name], supply, request.variant)
-    return pipelines.load_other(index, name)
+    if name not in classes:
+        return pipelines.load_other(index, name)
+    if not pipelines.is_plain(index.home(name)):
+        home = index.home(name)
+        return pipelines.load_stock(home, classes[name], supply, QUANTIZED, variant=request.variant, name=name)
+    return pipelines.assemble_component(index, name, classes[name], supply, request.variant)

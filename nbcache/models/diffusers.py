@@ -28,15 +28,20 @@ def model_class(folder: str) -> type[Any]:
     return class_of(require("diffusers", WHAT), class_name_of(config, f"{folder}/{CONFIG}"), folder)
 
 
-def assemble(folder: str, cls: type[Any], supply: Supply, *, name: str = "", variant: str = "") -> torch.nn.Module:
+def assemble(
+    folder: str, cls: type[Any], supply: Supply, *, name: str = "", variant: str = "", known_as: str = ""
+) -> torch.nn.Module:
     """The model of a folder, on the supply's device, in eval mode. ``name`` is the component it is, for dtype and messages.
 
-    ModelMismatch; and what :func:`nbcache.load` raises.
+    ``known_as`` is what it was asked for as, such as a repository. ModelMismatch; and what :func:`nbcache.load` raises.
     """
     dtype = supply.dtype_of(name)
     tensors = supply.tensors(weights_path(folder, variant), dtype, keeps_fp32(cls))
     config = cls.load_config(folder)
-    return fill(cls, config, tensors, dtype or floating_dtype(tensors), supply, folder, name)
+    model = fill(cls, config, tensors, dtype or floating_dtype(tensors), supply, folder, name)
+    if known_as:
+        model.register_to_config(_name_or_path=known_as)  # type: ignore[operator]
+    return model
 
 
 def keeps_fp32(cls: type[Any]) -> Callable[[str], bool]:

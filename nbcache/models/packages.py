@@ -43,6 +43,13 @@ def missing(package: str, for_what: str) -> PackageMissing:
     return PackageMissing(f"{for_what} needs the package {package}, which is not installed: {command}")
 
 
+def dtype_word(library: ModuleType) -> str:
+    """What ``from_pretrained`` calls a dtype: the older word warns in transformers from 4.56 on, in diffusers from 0.42."""
+    since = {"transformers": (4, 56), "diffusers": (0, 42)}[library.__name__]
+    major, minor = (int(part) for part in library.__version__.split(".")[:2])
+    return "dtype" if (major, minor) >= since else "torch_dtype"
+
+
 def class_of(module: ModuleType, name: str, where: str) -> type[Any]:
     """A class of a library, by name. ModelUnknown if it has none of that name; PackageMissing if it lacks a package for it."""
     try:

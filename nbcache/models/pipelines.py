@@ -12,9 +12,9 @@ import torch
 
 from nbcache.checkpoints.folders import CONFIG, Component, PipelineIndex, read_json
 from nbcache.client.notices import notify
-from nbcache.errors import CheckpointError, CheckpointIncomplete, InvalidOption
+from nbcache.errors import CheckpointError, CheckpointIncomplete, InvalidOption, PackageMissing
 from nbcache.models import diffusers, transformers
-from nbcache.models.packages import class_of, quiet, require
+from nbcache.models.packages import class_of, dtype_word, quiet, require
 from nbcache.models.supply import Supply
 from nbcache.typos import did_you_mean
 
@@ -60,28 +60,96 @@ def assemble(
     supply: Supply,
     variant: str = "",
     given: dict[str, Any] | None = None,
+    chosen: type[Any] | str | None = None,
 ) -> Any:  # noqa: ANN401
-    """The pipeline of a folder. ``given`` are components and settings of the caller's, as ``from_pretrained`` takes them."""
+    """The pipeline of a folder. ``given`` are components and settings of the caller's, as ``from_pretrained`` takes them.
+
+    ``chosen`` is a class to make in place of the one that the folder names.
+    """
     given = given or {}
     with supply.clock.imports():
         library = require("diffusers", WHAT)
         require("transformers", WHAT)
-        pipeline_class = class_of(library, index.class_name, index.folder)
+        pipeline_class = _pipeline_class(library, index, chosen)
         classes = model_components(index)
         import_the_rest()
+    left = {name: reason for name, cls in classes.items() if (reason := _why_not_served(index, name, cls, given))}
     models = {
         name: assemble_component(index, name, cls, supply, variant)
         for name, cls in classes.items()
-        if name not in given and _is_served(index, name)
+        if name not in given and name not in left
     }
+    others = {component.name for component in index.components} - classes.keys() - given.keys()  # the library knows them
+    dtype = supply.dtype_of("default") if left or any(_is_foreign(index, name) for name in others) else None
     with _quiet_libraries():
         pipeline = pipeline_class.from_pretrained(
-            index.folder, **models, **given, **_for_the_rest(supply, classes, models, given)
+            index.folder, **models, **given, **({dtype_word(library): dtype} if dtype is not None else {})
         )
-    for name in classes.keys() - models.keys() - given.keys():
-        notify(NotServed, f"{index.folder}: component {name} is quantized; it was loaded the ordinary way, not from the cache")
-        getattr(pipeline, name).to(supply.device)
+    for name in (left.keys() | others) - given.keys():
+        part = getattr(pipeline, name, None)
+        if isinstance(part, torch.nn.Module):
+            reason = left.get(name, "is of a class of its own")
+            notify(NotServed, f"{index.folder}: component {name} {reason}; it was loaded the ordinary way, not from the cache")
+            _move(part, supply.device)
     return pipeline
+
+
+def _pipeline_class(library: Any, index: PipelineIndex, chosen: type[Any] | str | None) -> type[Any]:  # noqa: ANN401
+    """The class to make; for a pipeline with code of its own the one that finds it."""
+    if chosen is not None and not isinstance(chosen, str):
+        return chosen
+    if chosen is None and index.custom:
+        return library.DiffusionPipeline  # type: ignore[no-any-return]
+    return class_of(library, chosen or index.class_name, index.folder)
+
+
+def _why_not_served(index: PipelineIndex, name: str, cls: type[Any], given: dict[str, Any]) -> str:
+    """Why a component is left to the library; nothing if it is not."""
+    if not hasattr(cls, "load_config" if issubclass(cls, require("diffusers", WHAT).ModelMixin) else "config_class"):
+        return "holds several models" if cls.__name__.startswith("Multi") else "is of a class of its own"
+    wanted = given.get("quantization_config")
+    if wanted is not None:
+        names = [*(getattr(wanted, "components_to_quantize", None) or ()), *(getattr(wanted, "quant_mapping", None) or ())]
+        if not names or name in names:
+            return "is to be quantized"
+    return "" if is_plain(index.home(name)) else "is quantized"
+
+
+def _is_foreign(index: PipelineIndex, name: str) -> bool:
+    """Whether a component is of a library that nbcache does not know, and may be a model."""
+    return any(component.name == name and component_class(index, component) is None for component in index.components)
+
+
+def _move(model: torch.nn.Module, device: torch.device) -> None:
+    """Bring a model of the library's own to the device; a quantized one may be there, and refuse."""
+    with contextlib.suppress(ValueError, NotImplementedError):
+        model.to(device)
+
+
+def load_stock(
+    folder: str,
+    cls: type[Any],
+    supply: Supply,
+    why: str,
+    *,
+    variant: str = "",
+    name: str = "",
+    **options: Any,  # noqa: ANN401
+) -> Any:  # noqa: ANN401
+    """A model that is not served, the ordinary way, and a word about why. PackageMissing."""
+    notify(NotServed, f"{folder}: {why}; it is loaded the ordinary way, not from the cache")
+    dtype = supply.dtype_of(name)
+    if variant:
+        options["variant"] = variant
+    if dtype is not None:
+        options[dtype_word(require(cls.__module__.partition(".")[0], WHAT))] = dtype
+    try:
+        model = cls.from_pretrained(folder, **options)
+    except ImportError as error:
+        line = str(error).splitlines()[0] if str(error) else "an import failed"
+        raise PackageMissing(f"{folder}: needs a package that is not there: {line}") from error
+    _move(model, supply.device)
+    return model.eval()
 
 
 def assemble_component(index: PipelineIndex, name: str, cls: type[Any], supply: Supply, variant: str = "") -> torch.nn.Module:
@@ -117,16 +185,10 @@ def check_names(index: PipelineIndex, names: Iterable[str]) -> None:
             raise InvalidOption(f"component {name!r}: {index.folder} has {', '.join(there)}{did_you_mean(name, there)}")
 
 
-def _is_served(index: PipelineIndex, name: str) -> bool:
-    """Whether the plain tensors of a component are its weights: those of a quantized one are not."""
-    path = os.path.join(index.home(name), CONFIG)
+def is_plain(folder: str) -> bool:
+    """Whether the plain tensors of a model's folder are its weights: those of a quantized one are not."""
+    path = os.path.join(folder, CONFIG)
     return not (os.path.exists(path) and read_json(path).get("quantization_config"))
-
-
-def _for_the_rest(supply: Supply, classes: dict[str, Any], models: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The dtype, where a model is left to the library. Tokenizers and schedulers want none."""
-    dtype = supply.dtype_of("default")
-    return {"torch_dtype": dtype} if dtype is not None and classes.keys() - models.keys() - given.keys() else {}
 
 
 @contextlib.contextmanager

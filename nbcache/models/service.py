@@ -158,7 +158,8 @@ class Service:
     def _remember(self, source: Source, tensors: Tensors) -> None:
         loading = _Loading(source, len(tensors))
         for name, tensor in tensors.items():
-            self._origins[tensor] = _Origin(loading, name, tensor._version)
+            if not tensor.is_inference():  # whether such a one was written to nobody could tell
+                self._origins[tensor] = _Origin(loading, name, tensor._version)
 
     def fetch(self, source: Source, device: torch.device, dtype: torch.dtype | None = None) -> Tensors | None:
         """All tensors of a file, from the cache; None, and perhaps a warning, if the cache does not serve them."""

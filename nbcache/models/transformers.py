@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from nbcache.checkpoints.folders import CONFIG, read_json, weights_path
-from nbcache.errors import ModelMismatch
+from nbcache.errors import InvalidOption, ModelMismatch, ModelUnknown
 from nbcache.models import lean
 from nbcache.models.derived import Derived
-from nbcache.models.packages import building, class_of, mismatch, require
+from nbcache.models.packages import building, class_of, dtype_word, mismatch, require
 from nbcache.models.supply import Supply, widest_dtype
 
 WHAT = "loading a transformers model"
+ADAPTER_CONFIG = "adapter_config.json"
 IN_LINE = "HF_DEACTIVATE_ASYNC_LOAD"
 """The library's variable for: no threads."""
 
@@ -35,6 +36,20 @@ def model_class(folder: str) -> type[Any]:
     if isinstance(names, list) and names:
         return class_of(library, str(names[0]), folder)
     return class_of(library, "AutoModel", folder)
+
+
+def custom_class(folder: str, chosen: type[Any] | str | None) -> type[Any] | None:
+    """The Auto class that makes a model with code of its own: the chosen one, or its architecture's; None without code."""
+    library = require("transformers", WHAT)
+    config = read_json(os.path.join(folder, CONFIG))
+    known = config.get("auto_map")
+    if not isinstance(known, dict):
+        return None
+    wanted = chosen if isinstance(chosen, str) else getattr(chosen, "__name__", "")
+    first = next(iter(config.get("architectures") or ()), "")
+    names = [name for name, value in known.items() if name.startswith("AutoModel") and str(value).endswith(f".{first}")]
+    name = wanted if wanted in known else next(iter(names), "AutoModel" if "AutoModel" in known and not wanted else "")
+    return class_of(library, name, folder) if name else None
 
 
 def prepare() -> None:
@@ -54,20 +69,24 @@ def assemble(
     variant: str = "",
     source: Derived | None = None,
     lenient: bool = False,
+    known_as: str = "",
     **options: Any,  # noqa: ANN401
 ) -> torch.nn.Module:
     """The model of a folder, on the supply's device, in eval mode.
 
     ``name`` is the component it is, for dtype and messages; ``source`` a derived entry to take the tensors from; ``lenient``
-    lets the library initialise what the checkpoint lacks, as it does for a class with another head. ``options`` are those of
-    the class's ``from_pretrained``. ModelMismatch; and what :func:`nbcache.load` raises.
+    lets the library initialise what the checkpoint lacks, as it does for a class with another head; ``known_as`` is what it was
+    asked for as, such as a repository. ``options`` are those of the class's ``from_pretrained``. ModelMismatch; and what
+    :func:`nbcache.load` raises.
     """
     library = require("transformers", WHAT)
+    _check_options(options)
+    resized = bool(options.pop("ignore_mismatched_sizes", False))
     with supply.clock.imports():
         prepare()
-        config = library.AutoConfig.from_pretrained(folder)
+        config, options = _read_config(library, folder, cls, options)
         if cls.__name__.startswith("Auto"):
-            cls = cls._model_mapping[type(config)]
+            cls = _model_for(cls, config, folder)
     dtype = supply.dtype_of(name)
     # A slab that is cast as a whole will do only where nothing stays in float32.
     whole = not _may_keep_fp32(cls, config)
@@ -80,23 +99,55 @@ def assemble(
             device_map={"": supply.device} if supply.device.type != "cpu" else None,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, with their names
-            **{_dtype_word(library): _wanted(dtype, tensors if source else {})},
+            **{dtype_word(library): _wanted(dtype, tensors if source else {})},
             **options,
         )
-    _check(report, cls, name or folder, lenient)
-    _remember(model, library, folder)
+    _check(report, cls, name or folder, lenient, resized)
+    model.name_or_path = model.config.name_or_path = known_as or folder
+    _remember(model, library, folder, "generation_config" in options)
+    _add_adapter(model, folder)
     return model  # type: ignore[no-any-return]
+
+
+OURS = {
+    "device_map": "device= says where a model goes",
+    "state_dict": "the tensors are the folder's",
+    "output_loading_info": "what does not fit is an error here",
+    "cache_dir": "set HF_HUB_CACHE, or give the path of the snapshot",
+    "from_tf": "give a checkpoint of PyTorch's",
+    "from_flax": "give a checkpoint of PyTorch's",
+}
+"""What the library's ``from_pretrained`` takes and ours does not, and what to do instead."""
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    for name in options:
+        if name in OURS:
+            raise InvalidOption(f"{name}: {OURS[name]}; the library's own from_pretrained takes it")
+
+
+def _read_config(library: Any, folder: str, cls: type[Any], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:  # noqa: ANN401
+    """The config, with the options that are the config's, and the other options: as the class itself would read it."""
+    reader = library.AutoConfig if cls.__name__.startswith("Auto") else getattr(cls, "config_class", None) or library.AutoConfig
+    try:
+        return reader.from_pretrained(folder, return_unused_kwargs=True, **options)  # type: ignore[no-any-return]
+    except (ValueError, KeyError) as error:
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelUnknown(f"{folder}: {CONFIG}: transformers {library.__version__} cannot read it: {line}") from error
+
+
+def _model_for(cls: type[Any], config: Any, folder: str) -> type[Any]:  # noqa: ANN401
+    """The class that an Auto class has for a config."""
+    try:
+        found = cls._model_mapping[type(config)]
+    except KeyError as error:
+        raise ModelUnknown(f"{folder}: {cls.__name__} has no model for a {type(config).__name__}") from error
+    return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]  # several that one config may mean: the first, as in the library
 
 
 def _wanted(dtype: torch.dtype | None, converted: dict[str, torch.Tensor]) -> torch.dtype | str:
     """The dtype to ask the library for: that of a converted file's tensors, or else what the config says."""
     return dtype or widest_dtype(converted) or "auto"
-
-
-def _dtype_word(library: Any) -> str:  # noqa: ANN401
-    """What ``from_pretrained`` calls a dtype: the older word warns from 4.56 on."""
-    major, minor = (int(part) for part in library.__version__.split(".")[:2])
-    return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
 
 
 def _may_keep_fp32(cls: type[Any], config: Any) -> bool:  # noqa: ANN401
@@ -139,20 +190,35 @@ def _without_detours() -> Iterator[None]:
             os.environ[IN_LINE] = before
 
 
-def _check(report: dict[str, Any], cls: type[Any], what: str, lenient: bool) -> None:
+def _check(report: dict[str, Any], cls: type[Any], what: str, lenient: bool, resized: bool) -> None:
     absent = sorted(report["missing_keys"])
     shapes = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"])
-    if shapes:
+    if shapes and not resized:
         raise ModelMismatch(f"{what}: {len(shapes)} tensors do not fit {cls.__name__}: {', '.join(shapes[:3])}")
     if absent and not lenient:
         raise mismatch(what, cls.__name__, absent, sorted(report["unexpected_keys"]))
 
 
-def _remember(model: Any, library: Any, folder: str) -> None:  # noqa: ANN401
-    """What the library would have known from the folder: where it is, and how to generate."""
-    model.name_or_path = folder
-    model.config.name_or_path = folder
+def _remember(model: Any, library: Any, folder: str, can_generate: bool) -> None:  # noqa: ANN401
+    """What the library would have known from the folder: how to generate."""
     if hasattr(model, "hf_device_map"):
         del model.hf_device_map  # all is on one device, as after .to(device)
-    if model.can_generate() and os.path.exists(os.path.join(folder, "generation_config.json")):
+    if not can_generate and model.can_generate():
+        _remember_generation(model, library, folder)
+
+
+def _remember_generation(model: Any, library: Any, folder: str) -> None:  # noqa: ANN401
+    """How to generate: from its own file, else, from transformers 5 on, from what old models have in their config."""
+    try:
         model.generation_config = library.GenerationConfig.from_pretrained(folder)
+    except OSError:
+        if int(library.__version__.partition(".")[0]) >= 5:
+            model.generation_config = library.GenerationConfig.from_pretrained(
+                folder, config_file_name=CONFIG, _from_model_config=True
+            )
+
+
+def _add_adapter(model: Any, folder: str) -> None:  # noqa: ANN401
+    """The adapter of peft's that lies beside a model, which the library adds if peft is there."""
+    if os.path.exists(os.path.join(folder, ADAPTER_CONFIG)) and importlib.util.find_spec("peft") is not None:
+        model.load_adapter(folder)

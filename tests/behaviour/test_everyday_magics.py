@@ -68,6 +68,15 @@ def test_completion_through_the_kernel(checkpoint, kernel, tmp_path, use_jedi):
     assert kernel.complete("%load_weights bf") == []
 
 
+def test_quotes_hold_the_words_of_every_option_together(runtime_dir, kernel, tmp_path):
+    (tmp_path / "sp ace" / "in ner").mkdir(parents=True)
+    write_checkpoint(tmp_path / "sp ace" / "in ner" / "model.safetensors")
+    kernel.run('w = %load_weights "sp ace" --subfolder "in ner" --dtype "float16"')
+    assert kernel.run("len(w), str(w['layer.0'].dtype)") == "(4, 'torch.float16')"
+    kernel.run("""%load_weights 'sp ace' --subfolder 'in ner' --as "again" """)
+    assert kernel.run("len(again)") == "4"
+
+
 def test_completion_goes_with_the_extension(checkpoint, kernel):
     assert "%load_weights model.safetensors" in kernel.complete("%load_weights mode")
     kernel.run("%unload_ext nbcache")
