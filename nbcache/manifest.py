@@ -130,6 +130,12 @@ class Manifest(msgspec.Struct, frozen=True):
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
+    def float_dtypes(self) -> frozenset[str]:
+        """The floating-point dtypes among its tensors: what a cast would change."""
+        dtypes = {tensor.dtype for tensor in self.tensors}
+        return frozenset(dtype for dtype in dtypes if TORCH_NAMES.get(dtype, "").startswith(("float", "bfloat")))
+
+    @property
     def count(self) -> int:
         """How many tensors there are."""
         return len(self.tensors) - len(self.below) + len(self.views)

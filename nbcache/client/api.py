@@ -13,10 +13,11 @@ from nbcache.checkpoints import names as catalogue
 from nbcache.checkpoints.folders import FolderKind, kind_of, read_pipeline
 from nbcache.client import spare
 from nbcache.client.fill import Grant, Wish, acquire, meaning_of, put_bytes, spellings
+from nbcache.client.notices import NoSharedGpuMemory, notify
 from nbcache.client.options import Options, Share
 from nbcache.client.session import ProgressCallback, Session, expect
 from nbcache.client.weights import Weights
-from nbcache.errors import EntryInUse, EntryNotFound, UnsupportedFormat
+from nbcache.errors import DriverError, EntryInUse, EntryNotFound, UnsupportedFormat
 from nbcache.manifest import MAX_MANIFEST_BYTES, Manifest, decode_manifest
 from nbcache.memory import driver
 from nbcache.memory.shared import read_sealed
@@ -68,8 +69,8 @@ def load(
 
     Raises
     ------
-    CheckpointError, HubError and their kinds, UnsupportedFormat, PackageMissing, HostMemoryFull, InvalidName, InvalidOption,
-    DaemonError: see :mod:`nbcache.errors`. Nothing stays behind after any of them.
+    CheckpointError, HubError and their kinds, UnsupportedFormat, PackageMissing, HostMemoryFull, DeviceMemoryFull, InvalidName,
+    InvalidOption, DaemonError: see :mod:`nbcache.errors`. Nothing stays behind after any of them.
     """
     from nbcache.client.loading import load_name
 
@@ -215,7 +216,11 @@ def stage(name: str, pinned: bool = False, on_progress: ProgressCallback | None 
 
     Raises as :func:`load`.
     """
-    grant = acquire(name, Wish(warm=True), on_progress)
+    try:
+        grant = acquire(name, Wish(warm=True), on_progress)
+    except DriverError as error:
+        notify(NoSharedGpuMemory, f"no shared GPU memory: {error}; kept in shared host memory")
+        grant = acquire(name, Wish(), on_progress)
     assert isinstance(grant, Grant)
     try:
         if pinned:

@@ -6,12 +6,13 @@ awaited and unmapped. Must not know what the tensors over a slab are made of. Ne
 
 from __future__ import annotations
 
+import contextlib
 import os
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
 
@@ -25,7 +26,7 @@ from nbcache.client.session import ProgressCallback, Session, expect
 from nbcache.client.slabs import SlabMap
 from nbcache.client.views import CudaViews, Views
 from nbcache.collection import uncollected
-from nbcache.errors import EntryNotFound, InvalidOption, ProtocolError
+from nbcache.errors import EntryNotFound, InvalidOption, ProtocolError, UnsupportedFormat
 from nbcache.manifest import Extent, Manifest, nbytes_of, place_tensors, stored_shape
 from nbcache.memory.driver import Access, Driver, Gpu, Mapped, open_driver
 from nbcache.protocol import messages as m
@@ -34,6 +35,8 @@ AHEAD = 2
 """Blocks asked for before they are needed: one is mapped while another is copied."""
 LINGER_S = 0.25
 """When host blocks are unmapped, after a load: that takes locks of the driver's which what follows a load wants as well."""
+LINGER_BYTES = 4 << 30
+"""Of more than so much, which is pinned memory, the oldest blocks are unmapped at once; those of the last load may linger."""
 
 
 @dataclass(frozen=True)
@@ -65,29 +68,46 @@ class Device:
         """The entry's tensors on this GPU; its slab is filled first if nobody did, by whoever is first (I3)."""
         with self._views.current():
             wanted = edge.dtype_name(dtype) if dtype is not None else ""
-            found = get(Wish(m.DeviceWish(self._gpu.uuid, wanted, 0 if wanted else AHEAD)))
-            if wanted and cast_manifest(found.manifest, wanted) is found.manifest:  # the file's own dtype: one slab will do
-                found.close()
-                wanted = ""
-                found = get(Wish(m.DeviceWish(self._gpu.uuid, ahead=AHEAD)))
+            for _ in range(2):  # what was offered may be evicted before its Fill comes
+                found, layout = self._find(get, wanted)
+                if isinstance(found, Grant):
+                    return self._attach(found, layout, share)
+                try:
+                    loaded = self._fill(found, layout, share, on_progress)
+                except BaseException:
+                    found.close()
+                    raise
+                if loaded is not None:
+                    return loaded
+            raise EntryNotFound(f"{found.key}: evicted twice while its slab was to be filled; load it again")
+
+    def _find(self, get: Callable[[Wish], Grant | Offer], wanted: str) -> tuple[Grant | Offer, Manifest]:
+        """The entry with its tensors of the wanted dtype, or of the file's own, and where they lie in its slab."""
+        found = get(Wish(m.DeviceWish(self._gpu.uuid, wanted, 0 if wanted else AHEAD)))
+        try:
             layout = cast_manifest(found.manifest, wanted)
-            if isinstance(found, Grant):
-                return self._attach(found, layout, share)
-            try:
-                return self._fill(found, layout, share, on_progress)
-            except BaseException:
-                found.close()
-                raise
+        except BaseException:
+            found.close()
+            raise
+        if wanted and layout is found.manifest:  # the file's own dtype: one slab will do
+            found.close()
+            return self._find(get, "")
+        return found, layout
 
     def _attach(self, grant: Grant, layout: Manifest, share: Share) -> Loaded:
         """What the slab of this grant holds, mapped. Takes the grant over."""
         try:
-            made = self._make(self._map(grant.fd, grant.session, layout), layout, share)
+            slab = self._map(grant.fd, grant.session, layout)
+            try:
+                made = self._make(slab, layout, share)
+            except BaseException:
+                slab.end()
+                raise
             os.close(grant.take_fd())
         except BaseException:
             grant.close()
             raise
-        return self._loaded(grant, made, layout, share)
+        return self._loaded(grant, made, layout, share, True)
 
     def _map(self, fd: int, session: Session, layout: Manifest) -> SlabMap:
         """Map a slab read-only, for as long as its tensors live."""
@@ -108,13 +128,16 @@ class Device:
         """Queue a copy on the stream."""
         self._driver.copy(target, source, size_bytes, self._views.stream())
 
-    def _loaded(self, grant: Grant, made: _Made, layout: Manifest, share: Share) -> Loaded:
+    def _loaded(self, grant: Grant, made: _Made, layout: Manifest, share: Share, read: bool) -> Loaded:
         kept = None if share == "private" else made.slab  # private tensors need no lease
         tensors = edge.arrange(made.tensors, layout)
-        return Loaded(tensors, grant.key, grant.name, self._name, layout, made.private_bytes, grant.hit, kept)
+        return Loaded(tensors, grant.key, grant.name, self._name, layout, made.private_bytes, grant.hit, kept, read)
 
-    def _fill(self, offer: Offer, layout: Manifest, share: Share, on_progress: ProgressCallback | None) -> Loaded:
-        """Have the slab that was offered filled by this process. If another client was quicker, hold what it filled."""
+    def _fill(self, offer: Offer, layout: Manifest, share: Share, on_progress: ProgressCallback | None) -> Loaded | None:
+        """Have the slab that was offered filled by this process. If another client was quicker, hold what it filled.
+
+        None, and the session closed, if the entry was evicted meanwhile.
+        """
         session = offer.session
         while True:
             fill = m.Fill(layout.extent_bytes)
@@ -126,8 +149,8 @@ class Device:
             if isinstance(found, Grant):
                 return self._attach(found, layout, share)
             if found is None:
-                raise EntryNotFound(f"{offer.key}: evicted while its slab was to be filled; load it again")
-            offer = found
+                return None
+            offer = replace(found, read=offer.read)
         hosts: list[Mapped] = []
         try:
             blocks = self._blocks(offer, message.block_sizes, hosts, on_progress)
@@ -136,7 +159,7 @@ class Device:
             os.close(descriptors[0])
             _unmap_later(hosts)
         os.close(grant.take_fd())
-        return self._loaded(grant, made, layout, share)
+        return self._loaded(grant, made, layout, share, offer.read)
 
     def _fill_from(
         self,
@@ -224,23 +247,51 @@ class Device:
 
 def _unmap_later(mapped: list[Mapped]) -> None:
     """Unmap in the background, when the load is over: 24 GB of host blocks take 50 ms that nobody need wait for."""
-    _unmapper(os.getpid()).put(mapped)
+    if mapped:
+        _unmapper(os.getpid()).put(mapped)
+
+
+class _Unmapper:
+    """A thread that unmaps what was put here, in the order of the putting, when it is due."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[float, list[Mapped]]] = deque()
+        self._changed = threading.Condition()
+        threading.Thread(target=self._unmap, name="nbcache-unmap", daemon=True).start()
+
+    def put(self, mapped: list[Mapped]) -> None:
+        """Unmap these, by and by."""
+        with self._changed:
+            self._waiting.append((time.monotonic() + LINGER_S, mapped))
+            self._changed.notify()
+
+    def _unmap(self) -> None:
+        while True:
+            for each in self._next():
+                with contextlib.suppress(Exception):  # of this one alone: the others are to go, and those that come
+                    each.close()
+
+    def _next(self) -> list[Mapped]:
+        """Wait for what is due next."""
+        with self._changed:
+            while (left_s := self._left_s()) > 0:
+                self._changed.wait(left_s)
+            return self._waiting.popleft()[1]
+
+    def _left_s(self) -> float:
+        """For how long nothing is due, if nothing is put here meanwhile."""
+        if not self._waiting:
+            return threading.TIMEOUT_MAX
+        crowded = (
+            len(self._waiting) > 1 and sum(each.size_bytes for _, mapped in self._waiting for each in mapped) > LINGER_BYTES
+        )
+        return 0.0 if crowded else self._waiting[0][0] - time.monotonic()
 
 
 @lru_cache(1)
-def _unmapper(pid: int) -> queue.SimpleQueue[list[Mapped]]:
-    """What is put here is unmapped by a thread of this process's; a forked child has none of its parent's."""
-    waiting: queue.SimpleQueue[list[Mapped]] = queue.SimpleQueue()
-
-    def unmap() -> None:
-        while True:
-            mapped = waiting.get()
-            time.sleep(LINGER_S)
-            for each in mapped:
-                each.close()
-
-    threading.Thread(target=unmap, name="nbcache-unmap", daemon=True).start()
-    return waiting
+def _unmapper(pid: int) -> _Unmapper:
+    """This process's; a forked child has none of its parent's."""
+    return _Unmapper()
 
 
 def cast_manifest(manifest: Manifest, dtype: str) -> Manifest:
@@ -254,8 +305,11 @@ def cast_manifest(manifest: Manifest, dtype: str) -> Manifest:
 
 
 def _cast_extent(tensor: Extent, dtype: str) -> Extent:
-    if tensor.dtype == dtype or not edge.torch_dtype(tensor).is_floating_point or tensor.dtype == "F4":
+    own = edge.torch_dtype(tensor)
+    if tensor.dtype == dtype or not own.is_floating_point:
         return tensor
+    if "F4" in (tensor.dtype, dtype):
+        raise UnsupportedFormat(f"tensor {tensor.name!r}: torch does not cast {own} to {edge.TORCH_DTYPES[dtype]}")
     nbytes = nbytes_of(dtype, tensor.shape)
     assert nbytes is not None
     return msgspec.structs.replace(tensor, dtype=dtype, nbytes=nbytes)

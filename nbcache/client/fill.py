@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from nbcache.checkpoints import names as catalogue
@@ -69,13 +69,14 @@ class Grant:
 class Offer:
     """An entry whose slab is yet to be filled, by whoever holds this. Owns the session.
 
-    ``filled``: Fill was said ahead, with the wish; its answer comes next.
+    ``filled``: Fill was said ahead, with the wish; its answer comes next. ``read``: files are read for it.
     """
 
     session: Session
     key: str
     manifest: Manifest
     filled: bool = False
+    read: bool = False
 
     def close(self) -> None:
         """Decline."""
@@ -250,13 +251,14 @@ def _acquire_files(name: str, path: str, wish: Wish, start: bool, on_progress: P
     session = Session.open(start)
     try:
         answer = session.request(wish.find((path,), checkpoint.key), on_progress=on_progress)
+        read = False
         for _ in range(2):  # the first may have joined a copy for a GPU that came to nothing
             if isinstance(answer[0], m.Absent):
-                answer = _stage(session, checkpoint, on_progress)
+                answer, read = _stage(session, checkpoint, on_progress), True
         found = read_answer(session, answer)
         if found is None:
             raise ProtocolError("the daemon staged an entry and then had none")
-        return found
+        return replace(found, read=read) if isinstance(found, Offer) else found
     except BaseException:
         session.close()
         raise

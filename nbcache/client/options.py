@@ -43,6 +43,8 @@ class Loaded:
     private_bytes: int
     hit: bool
     slab: SlabMap | None = None
+    read: bool = True
+    """Whether files were read, where it was no hit: a slab may be filled from the host copy alone."""
 
     @property
     def nbytes(self) -> int:

@@ -119,7 +119,7 @@ class Session:
                 answer, received = self._channel.receive()
                 if not isinstance(answer, m.Progress):
                     break
-                if on_progress:
+                if on_progress and answer.total_bytes:  # without, it only says that the daemon lives
                     on_progress(answer.staged_bytes, answer.total_bytes)
         if isinstance(answer, m.Failed):
             raise named(answer.error, answer.message)

@@ -20,6 +20,7 @@ import torch
 
 from nbcache.client import tensors as edge
 from nbcache.client.session import Session
+from nbcache.errors import PackageMissing
 from nbcache.layout import ALIGNMENT, MIB, SMALL_LIMIT, round_up
 from nbcache.manifest import Extent, Manifest, each_view, row_strides, stored_shape
 from nbcache.memory.driver import Mapped
@@ -56,7 +57,12 @@ class SlabMap:
 
     def cupy_arrays(self) -> dict[str, Any]:
         """See :meth:`Weights.cupy`."""
-        import cupy
+        try:
+            import cupy
+        except ImportError as error:
+            raise PackageMissing(
+                "CuPy arrays need CuPy, which is not installed: pip install 'nbcache[cuda13]' or 'nbcache[cuda12]'"
+            ) from error
 
         memory = cupy.cuda.UnownedMemory(self.address, self.size_bytes, self, self._device)
         arrays = {}

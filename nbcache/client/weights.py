@@ -35,7 +35,8 @@ class Weights(Mapping[str, "torch.Tensor"]):
     device : where they are
     metadata : the checkpoint's own metadata, strings to strings
     private_bytes : bytes that this process holds for itself alone, after loading
-    hit : whether the entry was cached already
+    hit : whether nothing had to be read or copied for it: it was cached where it was wanted
+    read : whether files were read; False, too, if it was copied to a GPU from the cache's own host memory
     """
 
     def __init__(self, loaded: Loaded, options: Options) -> None:
@@ -49,6 +50,7 @@ class Weights(Mapping[str, "torch.Tensor"]):
         self.metadata: Mapping[str, str] = MappingProxyType(dict(loaded.manifest.metadata))
         self.private_bytes = loaded.private_bytes
         self.hit = loaded.hit
+        self.read = loaded.read and not loaded.hit
         self._manifest = loaded.manifest
         _alive.add(self)
 
@@ -70,11 +72,12 @@ class Weights(Mapping[str, "torch.Tensor"]):
         """CuPy arrays over the same bytes, read-only memory of the slab, without a private copy; for weights on a GPU.
 
         A dtype that CuPy lacks (bfloat16, the 8-bit floats) comes as unsigned integers of its width. InvalidOption if the
-        weights are not in a slab (on the CPU); WeightsReleased.
+        weights are not in a slab (on the CPU, or private copies); PackageMissing without CuPy; WeightsReleased.
         """
         self._live()
         if self._slab is None:
-            raise InvalidOption(f"{self.name}: on {self.device}, without a slab; load it with device='cuda' for CuPy arrays")
+            remedy = "share='readonly' (or 'cow')" if self.device.type == "cuda" else "device='cuda'"
+            raise InvalidOption(f"{self.name}: on {self.device}, without a slab; load it with {remedy} for CuPy arrays")
         return self._slab.cupy_arrays()
 
     @property

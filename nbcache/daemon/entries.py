@@ -10,7 +10,7 @@ no memory. It stands apart so that all rooms of the daemon can name a place or a
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 class State(enum.Enum):
@@ -103,6 +103,8 @@ class Entry:
     bytes: int
     extent_bytes: int
     tensors: int
+    float_dtypes: frozenset[str] | None = None
+    """The floating-point dtypes among its tensors; None if that is not known."""
     names: list[str] = field(default_factory=list)
     pinned: bool = False
     generation: int = 0
@@ -113,6 +115,11 @@ class Entry:
         """The state in one place."""
         residence = self.residences.get(place)
         return residence.state if residence else State.ABSENT
+
+    def place_as_stored(self, place: Place) -> Place:
+        """The same place, without a dtype where a cast to it would change nothing: one slab will do."""
+        known = self.float_dtypes
+        return replace(place, dtype="") if place.dtype and known is not None and known <= {place.dtype} else place
 
     @property
     def host(self) -> State:

@@ -16,7 +16,7 @@ from typing import Protocol
 from nbcache.daemon.entries import PINNED, SHARED, Entry, Place, State
 from nbcache.daemon.holdings import Holdings
 from nbcache.daemon.reader import FileSource, Source, Staging
-from nbcache.errors import NBCacheError
+from nbcache.errors import HostMemoryFull, NBCacheError
 
 log = logging.getLogger("nbcache.daemon")
 
@@ -110,6 +110,8 @@ class HostCopies:
             return
         log.warning("staging %s failed: %s", entry.name, error)
         known = error if isinstance(error, NBCacheError) else NBCacheError(f"{entry.name}: {type(error).__name__}: {error}")
+        if isinstance(error, HostMemoryFull):
+            known = HostMemoryFull(f"{entry.name}: {error}")
         self._holdings.abandon(entry.key, place)
         self._watcher.staging_failed(entry, place, known)
 

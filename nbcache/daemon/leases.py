@@ -59,7 +59,7 @@ class Leases:
     def attend(self, connection: Connection, entry: Entry) -> None:
         """Give a connection what it wished of an entry: now, when it is there, or by asking for the files or the filling."""
         connection.phase, connection.key = Phase.IDLE, entry.key
-        connection.place = place = self.wished_place(connection.find)
+        connection.place = place = entry.place_as_stored(self.wished_place(connection.find))
         if entry.state(place) is State.READY:
             self.grant(connection, entry)
         elif entry.state(place) is State.FILLING or (place.on_host and self._host.is_coming(entry, place)):

@@ -28,7 +28,7 @@ from nbcache.daemon.report import describe_status
 from nbcache.daemon.slabs import Slabs
 from nbcache.daemon.store import Store
 from nbcache.daemon.tiers import Tiers
-from nbcache.errors import DriverError, EntryNotFound, NBCacheError, ProtocolError
+from nbcache.errors import DriverError, EntryNotFound, HostMemoryFull, NBCacheError, ProtocolError
 from nbcache.manifest import Manifest, key_of
 from nbcache.memory.driver import Driver
 from nbcache.memory.shared import seal_bytes
@@ -210,8 +210,10 @@ class Service:
         for connection in offered if place == PINNED else []:
             connection.refusal = error
         for connection in waiting:
-            if connection.place == SHARED != place and isinstance(error, DriverError):
-                self._leases.again(connection, entry)  # it waited only because this one was on its way; its own needs no driver
+            if connection.place == SHARED != place and isinstance(error, DriverError | HostMemoryFull):
+                self._leases.again(
+                    connection, entry
+                )  # its own, which needs no pinned memory: it waited for what was on its way
                 continue
             connection.phase = Phase.IDLE
             self._port.fail(connection, error)
@@ -302,4 +304,5 @@ def _new_entry(key: str, name: str, provenance: str, manifest: Manifest) -> Entr
         bytes=manifest.nbytes,
         extent_bytes=manifest.extent_bytes,
         tensors=manifest.count,
+        float_dtypes=manifest.float_dtypes,
     )

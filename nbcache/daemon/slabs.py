@@ -7,10 +7,11 @@ and nobody maps it before that client says that it is done (I2) and its files ar
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 from nbcache.daemon.connection import Connection, Phase, Port
-from nbcache.daemon.entries import PINNED, Entry, State
+from nbcache.daemon.entries import PINNED, Entry, Place, State
 from nbcache.daemon.holdings import Holdings
 from nbcache.daemon.leases import Leases
 from nbcache.errors import DeviceMemoryFull, DriverError, ProtocolError
@@ -69,25 +70,31 @@ class Slabs:
         self._port.reply(connection, m.Filling(self._tiers.block_sizes(entry.extent_bytes)), [fd])
 
     def _create(self, connection: Connection, entry: Entry, extent_bytes: int) -> int:
-        """A slab, for which idle ones give way one by one. DeviceMemoryFull, with who holds what, if that does not suffice."""
+        """A slab, for which idle ones give way one by one. DeviceMemoryFull, with who holds what, if all would not suffice."""
         place = connection.place
-        while True:
+        for attempt in itertools.count():
             try:
                 fd = self._tiers.create_slab(entry.key, place, extent_bytes)
                 break
             except DeviceMemoryFull as error:
                 connection.phase = Phase.IDLE
-                idle = self._store.idle_slabs(place.uuid)
-                if not idle:
-                    free = self._tiers.free_bytes(place.uuid)
-                    raise self._store.device_full(place.uuid, entry.name, extent_bytes, free) from error
-                self._holdings.free(idle[:1])
+                if attempt:  # the first time, what is being freed already may suffice
+                    self._give_way(entry, place, extent_bytes, error)
                 self._tiers.settle()
             except DriverError:
                 connection.phase = Phase.IDLE
                 raise
         self._holdings.free(self._store.fill(entry, place, extent_bytes))
         return fd
+
+    def _give_way(self, entry: Entry, place: Place, extent_bytes: int, refused: DeviceMemoryFull) -> None:
+        """Free the slab that was idle longest. DeviceMemoryFull, and nothing freed, if not even all idle ones would suffice."""
+        idle = self._store.idle_slabs(place.uuid)
+        free, total = self._tiers.free_bytes(place.uuid), self._tiers.total_bytes(place.uuid)
+        going = sum(self._store.entries[key].residences[slab].extent_bytes for key, slab in idle)
+        if not idle or free + going < extent_bytes or total < extent_bytes:
+            raise self._store.device_full(place.uuid, entry.name, extent_bytes, free, total) from refused
+        self._holdings.free(idle[:1])
 
     def want(self, connection: Connection, want: m.Want, _: list[int]) -> None:
         """Hand over a block of the pinned copy, now or once it is staged."""

@@ -251,10 +251,14 @@ class Store:
         ]
         return [(key, place) for _, key, place in sorted(found, key=lambda item: item[0])]
 
-    def device_full(self, uuid: str, name: str, need_bytes: int, free_bytes: int) -> DeviceMemoryFull:
-        """The error for a slab that does not fit, with who holds what."""
+    def device_full(self, uuid: str, name: str, need_bytes: int, free_bytes: int, total_bytes: int) -> DeviceMemoryFull:
+        """The error for a slab that does not fit, with who holds what; or, if it never can, with how much the GPU has."""
         held = [self._why_kept(e, r) for e, r in self._residences() if r.place.uuid == uuid and r.place.kind is Kind.DEVICE]
         message = f"GPU {uuid} full: {name} needs {format_size(need_bytes)}, {format_size(free_bytes)} free"
+        if need_bytes > total_bytes:
+            return DeviceMemoryFull(
+                f"{message} of {format_size(total_bytes)} in all; it can never fit: load it with another dtype, or device='cpu'"
+            )
         if held:
             message += f"; nbcache holds {', '.join(held)}"
         return DeviceMemoryFull(f"{message}; free memory in the kernels that use this GPU, or release weights there")

@@ -193,7 +193,7 @@ class Tiers:
     ) -> Staging:
         """Make and fill a pinned copy block by block, in the background; ``on_block`` is called after each, ``done`` last.
 
-        DriverError if there is no driver or no CuPy.
+        DriverError if there is no driver or no CuPy; through ``done``, HostMemoryFull if the system pins no more memory.
         """
         if self._arena is None:
             driver = self.driver
@@ -267,6 +267,10 @@ class Tiers:
     def free_bytes(self, uuid: str) -> int:
         """Free memory of a GPU."""
         return self.driver.free_bytes(uuid)
+
+    def total_bytes(self, uuid: str) -> int:
+        """Memory of a GPU, free or not."""
+        return next(gpu.total_bytes for gpu in self.driver.gpus() if gpu.uuid == uuid)
 
     def settle(self) -> None:
         """Wait until what was freed is really free."""

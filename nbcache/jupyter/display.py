@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from nbcache.models.lora import LoadedLora
 
 BAR_CELLS = 24
+READ, COPIED = "read from disk", "copied from host memory"
+"""Where what was not there yet came from."""
 _IN_HUB_CACHE = re.compile(r"^/.*/models--(?P<repository>[^/]+)/snapshots/[^/]+/?(?P<inside>.*)$")
 
 
@@ -28,7 +30,7 @@ def summary(weights: Weights, seconds: float, how: str = "", sharers: int = 0) -
     """
     count = f"{len(weights)} tensor{'s' if len(weights) != 1 else ''}"
     place = "cached" if weights.device.type == "cpu" else "resident"
-    words = [how or (place if weights.hit else "read from disk")]
+    words = [how or (place if weights.hit else READ if weights.read else COPIED)]
     if sharers:
         words.append(f"shared with {sharers} notebook{'s' if sharers != 1 else ''}")
     if weights.private_bytes or (weights.hit and not how):
@@ -49,7 +51,7 @@ def model_summary(made: Assembled, name: str) -> str:
     how = ", ".join(f"{part} {format_duration(seconds)}" for part, seconds in parts.items())
     private = f", {format_size(tally.private_bytes)} private" if tally.private_bytes else ""
     size = f"{tally.tensors} tensors, {format_size(tally.nbytes)} on {made.device}"
-    source = "cached" if tally.hit else "converted" if tally.converted else "read from disk"
+    source = "cached" if tally.hit else "converted" if tally.converted else READ if tally.read else COPIED
     total = format_duration(sum(parts.values()))
     return f"{short_name(name)}: {made.what}, {size} in {total} ({how}; {source}{private})"
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from nbcache.errors import DriverError
+from nbcache.errors import DeviceMemoryFull, DriverError, HostMemoryFull
 from nbcache.layout import round_up
 from nbcache.memory.driver import GRANULARITY_BYTES, Driver, Mapped, cpu_view, without_math_libraries
 
@@ -109,10 +109,16 @@ class Arena:
         self._arrays: ArrayMaker | None = None
 
     def acquire(self, size_bytes: int) -> PinnedBlock:
-        """A new block. DriverError, DeviceMemoryFull if the driver gives none."""
+        """A new block. HostMemoryFull if the system has no more memory to pin; DriverError."""
         if self._arrays is None:
             self._arrays = self._open_arrays()
-        return PinnedBlock(self._driver, self._arrays, size_bytes)
+        try:
+            return PinnedBlock(self._driver, self._arrays, size_bytes)
+        except DeviceMemoryFull as error:  # what the driver calls any memory that runs out
+            raise HostMemoryFull(
+                f"the system gives no {size_bytes} bytes of pinned memory ({error}); evict entries that nobody uses "
+                "(%weights evict, nbcache evict), or end what else takes host memory"
+            ) from error
 
 
 def block_sizes(extent_bytes: int, largest_bytes: int = BLOCK_BYTES) -> tuple[int, ...]:

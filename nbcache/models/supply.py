@@ -43,6 +43,8 @@ class Tally:
     nbytes: int = 0
     private_bytes: int = 0
     hits: list[bool] = field(default_factory=list)
+    read: bool = False
+    """Whether files were read."""
     converted: bool = False
     """Whether something had to be converted."""
 
@@ -118,6 +120,7 @@ class Supply:
         self.tally.nbytes += found.nbytes
         self.tally.private_bytes += found.private_bytes
         self.tally.hits.append(found.hit)
+        self.tally.read |= found.read
         return found
 
     def _load(self, source: str | Derived, options: Options) -> Weights:

@@ -235,12 +235,15 @@ def test_a_copy_that_fails_half_way_leaves_no_slab_and_the_next_load_is_right(ke
 
 
 STOP_BEFORE_COMMIT = """
-import nbcache.client.device as device
-def stopped(*_):
-    print("about to commit", flush=True)
-    import time
-    time.sleep(600)
-device.committed = stopped
+from nbcache.client.session import Session
+from nbcache.protocol import messages as m
+real_send = Session.send
+def send(self, message, descriptors=()):
+    if isinstance(message, m.Commit):
+        import time
+        time.sleep(600)
+    real_send(self, message, descriptors)
+Session.send = send
 """
 
 
@@ -254,8 +257,10 @@ def test_a_filler_that_dies_is_replaced_by_who_waits(emulated, path):
         eventually(lambda: _running() and [slab[2] for slab in slabs()] == ["filling"])
         second.begin(f"w = nbcache.load({str(path)!r}, device='cuda', share='readonly')")
         eventually(lambda: _waits(second.pid))
+        assert [slab[2] for slab in slabs()] == ["filling"]
         first.kill()
         second.finish()
+        assert second.run("w.hit") is False
         assert second.run(f"same(w, {str(path)!r})")
         assert [(slab[2], slab[3]) for slab in slabs()] == [("resident", 1)]
 

@@ -477,8 +477,8 @@ def test_a_hub_blob_is_keyed_by_its_hash_wherever_it_is(tmp_path):
     assert resolve(str(one)).members[0].sha256 == "a" * 64
 
 
-@pytest.mark.parametrize("blob", ["a" * 40, "a" * 63, "A" * 64, "a" * 64 + ".incomplete"])
-def test_a_blob_whose_name_is_no_sha256_is_keyed_by_its_stat(tmp_path, blob):
+@pytest.mark.parametrize("blob", ["a" * 39, "a" * 63, "A" * 64, "a" * 64 + ".incomplete"])
+def test_a_blob_whose_name_is_no_hash_is_keyed_by_its_stat(tmp_path, blob):
     content = write_checkpoint(tmp_path / "a.safetensors").read_bytes()
     assert resolve(str(hub(tmp_path / "one", "model.safetensors", blob, content))).members[0].sha256 == ""
 

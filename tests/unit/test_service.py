@@ -51,15 +51,15 @@ class Bench:
         self.service = Service(self.port, lambda: 2 * EXTENT, lambda: self.driver, policy)
         self.store, self.tiers, self.free = self.service._store, self.service._tiers, self.service._holdings.free
 
-    def entry(self, key: str) -> Entry:
+    def entry(self, key: str, name: str = "/model") -> Entry:
         self.tiers.keep_manifest(key, seal_bytes("manifest", b"{}"))
-        return Entry(key, "/model", "file", (), EXTENT, EXTENT, 1)
+        return Entry(key, name, "file", (), EXTENT, EXTENT, 1)
 
-    def slab(self, key: str) -> Place:
+    def slab(self, key: str, name: str = "/model") -> Place:
         place = Place(Kind.DEVICE, self.driver.gpus()[0].uuid)
         self.tiers.create_slab(key, place, EXTENT)
-        self.free(self.store.fill(self.entry(key), place, EXTENT))
-        self.free(self.store.give_name(key, "/model"))
+        self.free(self.store.fill(self.entry(key, name), place, EXTENT))
+        self.free(self.store.give_name(key, name))
         self.free(self.store.complete(key, place))
         return place
 
@@ -234,3 +234,61 @@ def test_who_wants_shared_memory_is_not_told_that_there_is_no_pinned_memory(make
     bench.service.staging_failed(entry, PINNED, DriverError("export refused"))
     assert bench.port.answers == [m.Absent()]
     assert connection.phase is Phase.IDLE
+
+
+@pytest.mark.parametrize(
+    ("need", "message"),
+    [
+        (12 * MIB, "/model needs 12.6 MB, 2.1 MB free; nbcache holds /idle"),
+        (17 * MIB, "free of 16.8 MB in all; it can never fit"),
+    ],
+)
+def test_idle_slabs_stay_when_all_of_them_would_not_suffice(make, need, message):
+    """They are somebody's next hit, and going does not help."""
+    bench = make()
+    bench.driver._gpus = tuple(replace(gpu, total_bytes=16 * MIB) for gpu in bench.driver.gpus())
+    idle = bench.slab("idle", "/idle")
+    others = bench.driver.create_slab(idle.uuid, 8 * MIB)
+    entry, connection = offered(bench)
+    bench.service._leases.attend(connection, entry)
+    with pytest.raises(DeviceMemoryFull, match=message):
+        bench.service._slabs.fill(connection, m.Fill(need), [])
+    assert connection.phase is Phase.IDLE
+    assert bench.store.entries["idle"].state(idle) is State.READY
+    bench.driver.close(others)
+
+
+def test_idle_slabs_stay_when_what_is_being_freed_already_suffices(make):
+    bench = make()
+    bench.driver._gpus = tuple(replace(gpu, total_bytes=2 * EXTENT) for gpu in bench.driver.gpus())
+    idle, going = bench.slab("idle", "/idle"), bench.slab("going", "/going")
+    freeing = threading.Event()
+    bench.tiers._disposer.submit(freeing.wait)
+    bench.free([("going", going)])
+    threading.Timer(0.2, freeing.set).start()
+    entry, connection = offered(bench, ahead=2)
+    bench.service._leases.attend(connection, entry)
+    assert connection.phase is Phase.FILLING
+    assert bench.store.entries["idle"].state(idle) is State.READY
+
+
+@pytest.mark.parametrize("device", [True, False])
+def test_pinned_memory_that_runs_out_is_told_by_the_entrys_name_to_who_needs_it(make, monkeypatch, device):
+    """Not to who waited for it only because it was on its way."""
+
+    def refuse(_: int) -> int:
+        raise DeviceMemoryFull("cuMemCreate: out of memory (2)")
+
+    bench = make()
+    monkeypatch.setattr(bench.driver, "create_block", refuse)
+    entry, connection = offered(bench)
+    if device:
+        bench.service._leases.attend(connection, entry)
+        bench.until("k", PINNED)
+        with pytest.raises(HostMemoryFull, match="/model: the system gives no 2097152 bytes of pinned memory"):
+            bench.service._slabs.fill(connection, m.Fill(EXTENT), [])
+    else:
+        connection.phase, connection.key, connection.find = Phase.WAITING, "k", m.Find()
+        connection.place = SHARED
+        bench.until("k", PINNED)
+        assert [type(answer) for answer in bench.port.answers] == [m.Granted]

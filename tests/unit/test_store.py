@@ -748,7 +748,7 @@ def test_a_full_gpu_names_what_nbcache_holds_there(shelf):
     shelf.fill("filling", 3 * GB, place=SLAB)
     shelf.put_in("elsewhere", GB, place=OTHER)
     shelf.put_in("host", GB)
-    error = shelf.store.device_full("GPU-0", "/new", 24 * GB, 5 * GB)
+    error = shelf.store.device_full("GPU-0", "/new", 24 * GB, 5 * GB, 24 * GB)
     assert isinstance(error, DeviceMemoryFull)
     assert str(error) == (
         "GPU GPU-0 full: /new needs 24.0 GB, 5.0 GB free; nbcache holds /used (2.0 GB, used by process 4711), "
@@ -759,10 +759,19 @@ def test_a_full_gpu_names_what_nbcache_holds_there(shelf):
 
 def test_a_gpu_that_others_filled_is_not_blamed_on_nbcache(shelf):
     shelf.put_in("elsewhere", GB, place=OTHER)
-    message = str(shelf.store.device_full("GPU-0", "/new", 24 * GB, 5 * GB))
+    message = str(shelf.store.device_full("GPU-0", "/new", 24 * GB, 5 * GB, 80 * GB))
     assert message == (
         "GPU GPU-0 full: /new needs 24.0 GB, 5.0 GB free; free memory in the kernels that use this GPU, "
         "or release weights there"
+    )
+
+
+def test_a_slab_that_can_never_fit_is_told_how_much_the_gpu_has_in_all(shelf):
+    shelf.put_in("used", 2 * GB, place=SLAB)
+    message = str(shelf.store.device_full("GPU-0", "/new", 25 * GB, 5 * GB, 24 * GB))
+    assert message == (
+        "GPU GPU-0 full: /new needs 25.0 GB, 5.0 GB free of 24.0 GB in all; it can never fit: load it with another dtype, "
+        "or device='cpu'"
     )
 
 

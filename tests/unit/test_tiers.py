@@ -344,6 +344,20 @@ def test_a_block_that_cannot_be_made_is_neither_mapped_nor_open(bench, what):
     assert bench.driver.alive == set()
 
 
+@pytest.mark.parametrize("step", ["create_block", "map_block"])
+def test_pinned_memory_that_runs_out_is_host_memory_full(bench, manifest, monkeypatch, step):
+    """The driver has one word for any memory that runs out; what is hot on a GPU must not go for the host's."""
+
+    def refuse(*_: object) -> None:
+        raise DeviceMemoryFull("cuMemCreate: out of memory (2)")
+
+    monkeypatch.setattr(bench.driver, step, refuse)
+    bench.fill_pinned(source_of(manifest), manifest.extent_bytes)
+    error = bench.wait()
+    assert type(error) is HostMemoryFull
+    assert str(error).startswith(f"the system gives no {BLOCK} bytes of pinned memory (cuMemCreate: out of memory (2)); evict ")
+
+
 def test_no_driver_is_told_at_once_and_asked_for_again(manifest):
     posts: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
     opened = []
