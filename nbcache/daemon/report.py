@@ -75,4 +75,5 @@ def _user(user: User | None) -> m.Lease:
 
 def _residence(residence: Residence) -> m.DeviceResidence:
     place = residence.place
-    return m.DeviceResidence(place.uuid, place.dtype, _DEVICE_WORDS[residence.state], len(residence.leases))
+    state, leases = _DEVICE_WORDS[residence.state], len(residence.leases)
+    return m.DeviceResidence(place.uuid, place.dtype, state, leases, residence.extent_bytes)

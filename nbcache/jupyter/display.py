@@ -117,9 +117,9 @@ def _text(value: object) -> str:
 
 
 def idle_slab_bytes(status: Status) -> int:
-    """GPU memory, in bytes of tensors, that holds weights which no kernel uses."""
+    """GPU memory that holds weights which no kernel uses."""
     return sum(
-        entry.bytes
+        slab.bytes
         for entry in status.entries
         for slab in entry.devices
         if slab.state == "resident" and not slab.leases and not entry.pinned

@@ -243,7 +243,7 @@ class NBCacheMagics(MannerlyMagics):
         cow = sys.modules.get("nbcache.client.cow")
         if cow is not None:
             cow.sweep()
-        if type(result.error_in_exec).__name__ == "OutOfMemoryError":
+        if _ran_out_of_gpu_memory(result.error_in_exec):
             with contextlib.suppress(NBCacheError):
                 idle = idle_slab_bytes(api.status()) + spare.nbytes()
                 if idle:
@@ -255,6 +255,15 @@ class NBCacheMagics(MannerlyMagics):
         with contextlib.suppress(NBCacheError):
             sharers = count_sharers(api.status(), weights.key, os.getpid())
         return summary(weights, seconds, sharers=sharers)
+
+
+def _ran_out_of_gpu_memory(error: BaseException | None) -> bool:
+    """Whether it was torch that ran out, be its error the cause of another or not."""
+    while error is not None:
+        if type(error).__name__ == "OutOfMemoryError":
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _evict(name: str) -> None:

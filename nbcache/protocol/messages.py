@@ -230,12 +230,13 @@ class Lease(msgspec.Struct, frozen=True):
 
 
 class DeviceResidence(msgspec.Struct, frozen=True):
-    """An entry's slab on one GPU, in a status document."""
+    """An entry's slab on one GPU, in a status document. ``bytes`` are what it takes there."""
 
     uuid: str
     dtype: str
     state: str
     leases: int
+    bytes: int = 0
 
 
 class EntryStatus(msgspec.Struct, frozen=True):

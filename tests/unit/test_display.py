@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from nbcache.jupyter.display import BAR_CELLS, cells, render_status, short_name
+from nbcache.jupyter.display import BAR_CELLS, cells, idle_slab_bytes, render_status, short_name
+from nbcache.jupyter.magics import _ran_out_of_gpu_memory
 from nbcache.protocol import messages as m
 
 
@@ -40,3 +42,29 @@ def test_tiers_have_bars():
     assert lines[1] == f"gpu 0: H100, 20.0 GB of weights {'█' * 6}{'░' * 18} of 80.0 GB"
     assert lines[2] == "gpu 1: old, 0 B of weights"
     assert len(lines) == 5
+
+
+def test_idle_slabs_count_as_what_they_take_on_the_gpu():
+    """A cast slab is not as large as its file."""
+    slabs = (
+        m.DeviceResidence("GPU-1", "", "resident", 0, 400),
+        m.DeviceResidence("GPU-1", "F16", "resident", 0, 200),
+        m.DeviceResidence("GPU-2", "", "resident", 1, 400),
+        m.DeviceResidence("GPU-3", "", "filling", 0, 400),
+    )
+    entry = m.EntryStatus("a", (), "file", (), 380, 2, "staged", "pinned", slabs, 0, False, 1.0, "k", ())
+    assert idle_slab_bytes(m.Status("1", 1, 9, 1.0, m.HostStatus(0, 1), (), (entry,))) == 600
+
+
+def test_an_out_of_memory_of_torchs_is_seen_through_what_was_raised_from_it():
+    def raised(error, cause=None):
+        try:
+            raise error from cause
+        except Exception as caught:
+            return caught
+
+    full = torch.OutOfMemoryError("full")
+    assert _ran_out_of_gpu_memory(full)
+    assert _ran_out_of_gpu_memory(raised(RuntimeError("wrapped"), full))
+    assert not _ran_out_of_gpu_memory(raised(RuntimeError("other"), ValueError()))
+    assert not _ran_out_of_gpu_memory(None)
