@@ -44,8 +44,8 @@ def missing(package: str, for_what: str) -> PackageMissing:
 
 
 def dtype_word(library: ModuleType) -> str:
-    """What ``from_pretrained`` calls a dtype: the older word warns in transformers from 4.56 on, in diffusers from 0.42."""
-    since = {"transformers": (4, 56), "diffusers": (0, 42)}[library.__name__]
+    """What ``from_pretrained`` calls a dtype: the older word warns in transformers from 4.56 on, in diffusers from 0.40."""
+    since = {"transformers": (4, 56), "diffusers": (0, 40)}[library.__name__]
     major, minor = (int(part) for part in library.__version__.split(".")[:2])
     return "dtype" if (major, minor) >= since else "torch_dtype"
 
