@@ -96,11 +96,17 @@ def _judge_learning(state: KernelState) -> Finding:
     config = _options()
     if config.zygote_idle_s <= 0:
         return ok("imports ahead", "switched off (NBCache.zygote_idle_s is 0)")
-    left_out = "".join(f"; left out: {name} ({reason})" for name, reason in state.broken.items())
     if config.preload is not None:
+        packages = {name.partition(".")[0] for name in config.preload}
+        named = {name: reason for name, reason in state.broken.items() if name.partition(".")[0] in packages}
         names = ", ".join(config.preload) or "nothing beside torch"
-        return ok("imports ahead", f"as NBCache.preload names: {names}{left_out if config.preload else ''}")
+        return ok("imports ahead", f"as NBCache.preload names: {names}{_left_out(named)}")
+    left_out = _left_out(state.broken)
     return ok("imports ahead", f"torch, and as learned: {_seconds(state.learned) or 'nothing yet'}{left_out}")
+
+
+def _left_out(broken: Mapping[str, str]) -> str:
+    return "".join(f"; left out: {name} ({reason})" for name, reason in broken.items())
 
 
 def _options() -> NBCache:

@@ -339,6 +339,8 @@ def test_what_is_imported_ahead(runtime_dir, monkeypatch):
     assert said == "torch, and as learned: diffusers 7.0 s, pandas 500.0 ms; left out: tensorflow (starts threads)"
     named = diagnose("NBCACHE_PRELOAD=peft,gguf", "jupyter")[1]["imports ahead"]
     assert named["message"] == "as NBCache.preload names: peft, gguf"
+    named = diagnose("NBCACHE_PRELOAD=peft,tensorflow.keras", "jupyter")[1]["imports ahead"]
+    assert named["message"] == "as NBCache.preload names: peft, tensorflow.keras; left out: tensorflow (starts threads)"
 
 
 def test_what_a_configuration_file_says_of_imports_ahead(runtime_dir, monkeypatch, tmp_path):
