@@ -66,16 +66,16 @@ class Fingerprint(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Member(msgspec.Struct, frozen=True, array_like=True):
-    """One file of an entry. ``sha256`` is set where the file's own name carries it (a blob of the Hugging Face cache)."""
+    """One file of an entry. ``blob`` is the hash of its content, where its name is that (a blob of the Hugging Face cache)."""
 
     path: str
     fingerprint: Fingerprint
-    sha256: str = ""
+    blob: str = ""
 
     def identity(self) -> tuple[object, ...]:
         """What this file is, whatever it is called."""
-        if self.sha256:
-            return ("sha256", self.sha256, self.fingerprint.size_bytes)
+        if self.blob:
+            return ("blob", self.blob, self.fingerprint.size_bytes)
         return ("stat", *msgspec.structs.astuple(self.fingerprint))
 
 

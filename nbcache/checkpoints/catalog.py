@@ -156,10 +156,10 @@ def _member(path: str) -> Member:
         raise CheckpointUnreadable(f"{path}: a folder where a file was expected")
     if not stat.S_ISREG(found.st_mode):
         raise CheckpointUnreadable(f"{path}: not a regular file")
-    return Member(path, Fingerprint.of(found), _hub_sha256(path))
+    return Member(path, Fingerprint.of(found), _hub_blob(path))
 
 
-def _hub_sha256(path: str) -> str:
+def _hub_blob(path: str) -> str:
     """The hash that a file of the Hugging Face cache is named by (``snapshots/REV/x -> blobs/HASH``), or nothing."""
     if not os.path.islink(path):
         return ""

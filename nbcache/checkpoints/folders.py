@@ -132,10 +132,11 @@ def weights_path(folder: str, variant: str = "") -> str:
 
 def variant_files(variant: str) -> tuple[str, ...]:
     """The files that may stand for a variant: shard indices first, as a lone shard is no checkpoint."""
-    formats = ("safetensors", "bin")
-    indices = [f"{stem}.{suffix}.index.{variant}.json" for suffix in formats for stem in STEMS]
-    files = [f"{stem}.{variant}.{suffix}" for suffix in formats for stem in STEMS]
-    return tuple(sorted([*indices, *files], key=lambda name: "safetensors" not in name))
+    found: list[str] = []
+    for suffix in ("safetensors", "bin"):
+        found += [f"{stem}.{suffix}.index.{variant}.json" for stem in STEMS]
+        found += [f"{stem}.{variant}.{suffix}" for stem in STEMS]
+    return tuple(found)
 
 
 def class_name_of(config: Mapping[str, Any], path: str) -> str:

@@ -71,7 +71,7 @@ class Device:
             for _ in range(2):  # what was offered may be evicted before its Fill comes
                 found, layout = self._find(get, wanted)
                 if isinstance(found, Grant):
-                    return self._attach(found, layout, share)
+                    return self._attach(found, layout, share, True)
                 try:
                     loaded = self._fill(found, layout, share, on_progress)
                 except BaseException:
@@ -94,8 +94,8 @@ class Device:
             return self._find(get, "")
         return found, layout
 
-    def _attach(self, grant: Grant, layout: Manifest, share: Share) -> Loaded:
-        """What the slab of this grant holds, mapped. Takes the grant over."""
+    def _attach(self, grant: Grant, layout: Manifest, share: Share, read: bool) -> Loaded:
+        """What the slab of this grant holds, mapped. Takes the grant over. ``read``: files were, where it was no hit."""
         try:
             slab = self._map(grant.fd, grant.session, layout)
             try:
@@ -107,7 +107,7 @@ class Device:
         except BaseException:
             grant.close()
             raise
-        return self._loaded(grant, made, layout, share, True)
+        return self._loaded(grant, made, layout, share, read)
 
     def _map(self, fd: int, session: Session, layout: Manifest) -> SlabMap:
         """Map a slab read-only, for as long as its tensors live."""
@@ -147,7 +147,7 @@ class Device:
                 break
             found = read_answer(session, answer)
             if isinstance(found, Grant):
-                return self._attach(found, layout, share)
+                return self._attach(found, layout, share, offer.read)
             if found is None:
                 return None
             offer = replace(found, read=offer.read)

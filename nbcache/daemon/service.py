@@ -211,9 +211,8 @@ class Service:
             connection.refusal = error
         for connection in waiting:
             if connection.place == SHARED != place and isinstance(error, DriverError | HostMemoryFull):
-                self._leases.again(
-                    connection, entry
-                )  # its own, which needs no pinned memory: it waited for what was on its way
+                # Its own needs no pinned memory: it waited only because that was on its way.
+                self._leases.again(connection, entry)
                 continue
             connection.phase = Phase.IDLE
             self._port.fail(connection, error)

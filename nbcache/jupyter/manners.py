@@ -74,7 +74,7 @@ class MannerlyMagics(Magics):
 
     def progress(self, name: str) -> Progress:
         """The bar of a load, where it may be drawn."""
-        return Progress(short_name(unquoted(name)), None if self._silent else find_screen(sys.stdout, self.the_shell))
+        return Progress(short_name(name), None if self._silent else find_screen(sys.stdout, self.the_shell))
 
     @property
     def the_shell(self) -> InteractiveShell:

@@ -16,8 +16,8 @@ from nbcache.models import diffusers, pipelines, single_file, transformers
 from nbcache.models.packages import class_of, quiet, require
 from nbcache.models.supply import Spent, Supply, Tally
 
-QUANTIZED = "its weights are quantized, or are to be"
-CUSTOM = "it has code of its own"
+QUANTIZED = "is quantized, or is to be"
+CUSTOM = "has code of its own"
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,6 @@ def _part(index: PipelineIndex, name: str, classes: dict[str, type[Any]], reques
         return supply.weights(weights_path(index.home(name), request.variant), supply.dtype_of(name))
     if name not in classes:
         return pipelines.load_other(index, name)
-    if not pipelines.is_plain(index.home(name)):
-        home = index.home(name)
-        return pipelines.load_stock(home, classes[name], supply, QUANTIZED, variant=request.variant, name=name)
+    if why := pipelines.why_not_served(index, name, classes[name], {}):
+        return pipelines.load_stock(index.home(name), classes[name], supply, why, variant=request.variant, name=name)
     return pipelines.assemble_component(index, name, classes[name], supply, request.variant)

@@ -19,6 +19,7 @@ from nbcache.models.supply import Supply
 from nbcache.typos import did_you_mean
 
 WHAT = "loading a diffusers pipeline"
+FOREIGN = "is of a class of its own"
 
 
 class NotServed(UserWarning):
@@ -73,22 +74,22 @@ def assemble(
         pipeline_class = _pipeline_class(library, index, chosen)
         classes = model_components(index)
         import_the_rest()
-    left = {name: reason for name, cls in classes.items() if (reason := _why_not_served(index, name, cls, given))}
+    left = {name: reason for name, cls in classes.items() if (reason := why_not_served(index, name, cls, given))}
+    left |= {each.name: FOREIGN for each in index.components if component_class(index, each) is None}
+    left = {name: reason for name, reason in left.items() if name not in given}
     models = {
         name: assemble_component(index, name, cls, supply, variant)
         for name, cls in classes.items()
         if name not in given and name not in left
     }
-    others = {component.name for component in index.components} - classes.keys() - given.keys()  # the library knows them
-    dtype = supply.dtype_of("default") if left or any(_is_foreign(index, name) for name in others) else None
+    dtype = supply.dtype_of("default") if left else None  # tokenizers and schedulers want none
     with _quiet_libraries():
         pipeline = pipeline_class.from_pretrained(
             index.folder, **models, **given, **({dtype_word(library): dtype} if dtype is not None else {})
         )
-    for name in (left.keys() | others) - given.keys():
+    for name, reason in left.items():
         part = getattr(pipeline, name, None)
         if isinstance(part, torch.nn.Module):
-            reason = left.get(name, "is of a class of its own")
             notify(NotServed, f"{index.folder}: component {name} {reason}; it was loaded the ordinary way, not from the cache")
             _move(part, supply.device)
     return pipeline
@@ -103,21 +104,16 @@ def _pipeline_class(library: Any, index: PipelineIndex, chosen: type[Any] | str 
     return class_of(library, chosen or index.class_name, index.folder)
 
 
-def _why_not_served(index: PipelineIndex, name: str, cls: type[Any], given: dict[str, Any]) -> str:
+def why_not_served(index: PipelineIndex, name: str, cls: type[Any], given: dict[str, Any]) -> str:
     """Why a component is left to the library; nothing if it is not."""
     if not hasattr(cls, "load_config" if issubclass(cls, require("diffusers", WHAT).ModelMixin) else "config_class"):
-        return "holds several models" if cls.__name__.startswith("Multi") else "is of a class of its own"
+        return "holds several models" if cls.__name__.startswith("Multi") else FOREIGN
     wanted = given.get("quantization_config")
     if wanted is not None:
         names = [*(getattr(wanted, "components_to_quantize", None) or ()), *(getattr(wanted, "quant_mapping", None) or ())]
         if not names or name in names:
             return "is to be quantized"
     return "" if is_plain(index.home(name)) else "is quantized"
-
-
-def _is_foreign(index: PipelineIndex, name: str) -> bool:
-    """Whether a component is of a library that nbcache does not know, and may be a model."""
-    return any(component.name == name and component_class(index, component) is None for component in index.components)
 
 
 def _move(model: torch.nn.Module, device: torch.device) -> None:

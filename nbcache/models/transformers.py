@@ -104,12 +104,15 @@ def assemble(
         )
     _check(report, cls, name or folder, lenient, resized)
     model.name_or_path = model.config.name_or_path = known_as or folder
-    _remember(model, library, folder, "generation_config" in options)
+    if hasattr(model, "hf_device_map"):
+        del model.hf_device_map  # all is on one device, as after .to(device)
+    if model.can_generate() and "generation_config" not in options:
+        _remember_generation(model, library, folder)
     _add_adapter(model, folder)
     return model  # type: ignore[no-any-return]
 
 
-OURS = {
+NOT_TAKEN = {
     "device_map": "device= says where a model goes",
     "state_dict": "the tensors are the folder's",
     "output_loading_info": "what does not fit is an error here",
@@ -122,8 +125,8 @@ OURS = {
 
 def _check_options(options: dict[str, Any]) -> None:
     for name in options:
-        if name in OURS:
-            raise InvalidOption(f"{name}: {OURS[name]}; the library's own from_pretrained takes it")
+        if name in NOT_TAKEN:
+            raise InvalidOption(f"{name}: {NOT_TAKEN[name]}; the library's own from_pretrained takes it")
 
 
 def _read_config(library: Any, folder: str, cls: type[Any], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:  # noqa: ANN401
@@ -142,7 +145,8 @@ def _model_for(cls: type[Any], config: Any, folder: str) -> type[Any]:  # noqa: 
         found = cls._model_mapping[type(config)]
     except KeyError as error:
         raise ModelUnknown(f"{folder}: {cls.__name__} has no model for a {type(config).__name__}") from error
-    return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]  # several that one config may mean: the first, as in the library
+    # Of several that one config may mean, the first, as in the library.
+    return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]
 
 
 def _wanted(dtype: torch.dtype | None, converted: dict[str, torch.Tensor]) -> torch.dtype | str:
@@ -197,14 +201,6 @@ def _check(report: dict[str, Any], cls: type[Any], what: str, lenient: bool, res
         raise ModelMismatch(f"{what}: {len(shapes)} tensors do not fit {cls.__name__}: {', '.join(shapes[:3])}")
     if absent and not lenient:
         raise mismatch(what, cls.__name__, absent, sorted(report["unexpected_keys"]))
-
-
-def _remember(model: Any, library: Any, folder: str, can_generate: bool) -> None:  # noqa: ANN401
-    """What the library would have known from the folder: how to generate."""
-    if hasattr(model, "hf_device_map"):
-        del model.hf_device_map  # all is on one device, as after .to(device)
-    if not can_generate and model.can_generate():
-        _remember_generation(model, library, folder)
 
 
 def _remember_generation(model: Any, library: Any, folder: str) -> None:  # noqa: ANN401

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 @pytest.fixture
 def one_thread(runtime_dir: Path) -> Iterator[None]:
@@ -17,3 +19,18 @@ def one_thread(runtime_dir: Path) -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def failures(tmp_path: Path) -> Path:
+    """What the emulated driver is to fail at: a JSON list in this file, read anew at each call."""
+    return tmp_path / "failures.json"
+
+
+@pytest.fixture
+def emulated(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch, failures: Path) -> None:
+    """Daemon and kernels of this test have the emulated driver."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("NBCACHE_TEST_DRIVER", "tests.support.emulated:make")
+    monkeypatch.setenv("NBCACHE_TEST_FAILURES", str(failures))
+    monkeypatch.setenv("NBCACHE_GPU_LOW_WATERMARK", "0")

@@ -36,20 +36,6 @@ def same(weights, path, dtype=None):
 
 
 @pytest.fixture
-def failures(tmp_path):
-    return tmp_path / "failures.json"
-
-
-@pytest.fixture
-def emulated(runtime_dir, monkeypatch, failures):
-    """Daemon and kernels of this test have the emulated driver."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("NBCACHE_TEST_DRIVER", "tests.support.emulated:make")
-    monkeypatch.setenv("NBCACHE_TEST_FAILURES", str(failures))
-    monkeypatch.setenv("NBCACHE_GPU_LOW_WATERMARK", "0")
-
-
-@pytest.fixture
 def kernel(emulated):
     with Interpreter() as kernel:
         kernel.run(KERNEL)

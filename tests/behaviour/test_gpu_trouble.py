@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import socket
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,35 +26,11 @@ from nbcache.manifest import Extent, Manifest, place_tensors
 from nbcache.memory.driver import Access
 from nbcache.protocol import messages as m
 from nbcache.protocol.wire import Channel, client_messages, daemon_messages
+from tests.behaviour.test_gpu_path import KERNEL
 from tests.support.checkpoints import write_checkpoint
 from tests.support.emulated import EmulatedDriver, EmulatedViews
 from tests.support.kernels import Interpreter
 from tests.support.waiting import eventually
-
-ROOT = Path(__file__).resolve().parents[2]
-
-KERNEL = """
-import nbcache, torch
-from safetensors.torch import load_file
-
-def same(weights, path, dtype=torch.float32):
-    stock = load_file(path)
-    return list(weights) == list(stock) and all(torch.equal(weights[n], t.to(dtype)) for n, t in stock.items())
-"""
-
-
-@pytest.fixture
-def failures(tmp_path):
-    return tmp_path / "failures.json"
-
-
-@pytest.fixture
-def emulated(runtime_dir, monkeypatch, failures):
-    """Daemon and kernels of this test have the emulated driver."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("NBCACHE_TEST_DRIVER", "tests.support.emulated:make")
-    monkeypatch.setenv("NBCACHE_TEST_FAILURES", str(failures))
-    monkeypatch.setenv("NBCACHE_GPU_LOW_WATERMARK", "0")
 
 
 @pytest.fixture

@@ -106,7 +106,7 @@ def busy_link() -> Iterator[None]:
 
 @contextlib.contextmanager
 def busy_interpreter() -> Iterator[None]:
-    """A thread that makes views, as the one beside a fill does."""
+    """A thread that makes views, which keeps the interpreter busy."""
     stop, whole = threading.Event(), torch.empty(MIB, device="cuda")
 
     def work() -> None:

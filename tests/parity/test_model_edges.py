@@ -198,15 +198,27 @@ def test_a_variant_of_torch_files(tmp_path, written):
     assert same_tensors(load(tmp_path, variant="fp16"), stock)
 
 
-def test_several_controlnets_are_left_to_the_library(written, tmp_path):
+@pytest.fixture
+def controlled(written, tmp_path):
+    """A pipeline with two ControlNets."""
     with library_noise():
         unet = diffusers.UNet2DConditionModel.from_pretrained(written / "sd" / "unet")
         nets = [diffusers.ControlNetModel.from_unet(unet) for _ in range(2)]
         diffusers.StableDiffusionControlNetPipeline.from_pretrained(written / "sd", controlnet=nets).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_several_controlnets_are_left_to_the_library(controlled):
     with pytest.warns(NotServed, match="controlnet holds several models"):
-        pipe = nbcache.load_model(tmp_path, device="cpu", dtype=torch.float16)
+        pipe = nbcache.load_model(controlled, device="cpu", dtype=torch.float16)
     assert len(pipe.controlnet.nets) == 2
     assert pipe.controlnet.dtype == pipe.unet.dtype == torch.float16
+
+
+def test_one_component_that_is_several_models(controlled):
+    with pytest.warns(NotServed, match="controlnet: holds several models"):
+        found = nbcache.load_model(controlled, device="cpu", dtype=torch.float16, components="controlnet")
+    assert [net.dtype for net in found.nets] == [torch.float16] * 2
 
 
 def test_a_pipeline_with_code_of_its_own(copy):

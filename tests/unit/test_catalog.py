@@ -474,19 +474,19 @@ def test_a_hub_blob_is_keyed_by_its_hash_wherever_it_is(tmp_path):
     other = hub(tmp_path / "three", "model.safetensors", "b" * 64, content)
     assert key(one) == key(two)
     assert key(one) != key(other)
-    assert resolve(str(one)).members[0].sha256 == "a" * 64
+    assert resolve(str(one)).members[0].blob == "a" * 64
 
 
 @pytest.mark.parametrize("blob", ["a" * 39, "a" * 63, "A" * 64, "a" * 64 + ".incomplete"])
 def test_a_blob_whose_name_is_no_hash_is_keyed_by_its_stat(tmp_path, blob):
     content = write_checkpoint(tmp_path / "a.safetensors").read_bytes()
-    assert resolve(str(hub(tmp_path / "one", "model.safetensors", blob, content))).members[0].sha256 == ""
+    assert resolve(str(hub(tmp_path / "one", "model.safetensors", blob, content))).members[0].blob == ""
 
 
 def test_a_file_named_like_a_hash_outside_a_hub_cache_is_keyed_by_its_stat(tmp_path):
     target = write_checkpoint(tmp_path / ("a" * 64))
     (tmp_path / "a.safetensors").symlink_to(target)
-    assert resolve(str(tmp_path / "a.safetensors")).members[0].sha256 == ""
+    assert resolve(str(tmp_path / "a.safetensors")).members[0].blob == ""
 
 
 def test_a_checkpoint_without_an_index_promises_nothing(tmp_path):

@@ -247,7 +247,7 @@ def test_a_key_depends_on_the_order_and_number_of_the_files():
 
 
 def test_a_hash_stands_for_the_stat_but_not_for_the_size():
-    named = msgspec.structs.replace(MEMBER, sha256="a" * 64)
+    named = msgspec.structs.replace(MEMBER, blob="a" * 64)
     moved = msgspec.structs.replace(named, fingerprint=Fingerprint(9, 9, 1000, 9, 9))
     longer = msgspec.structs.replace(named, fingerprint=Fingerprint(1, 2, 1001, 4, 5))
     assert key_of([named]) == key_of([moved])
