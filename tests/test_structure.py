@@ -110,6 +110,7 @@ INNER_RANKS: dict[str, dict[str, int]] = {
         "hooks": 2,
         "packages": 0,
         "lean": 0,
+        "seating": 1,
         "supply": 2,
         "diffusers": 3,
         "transformers": 3,

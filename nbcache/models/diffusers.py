@@ -15,7 +15,7 @@ import torch
 
 from nbcache.checkpoints.folders import CONFIG, class_name_of, read_json, weights_path
 from nbcache.errors import ModelMismatch
-from nbcache.models import lean
+from nbcache.models import lean, seating
 from nbcache.models.packages import building, class_of, mismatch, require
 from nbcache.models.supply import Supply, floating_dtype
 
@@ -64,7 +64,7 @@ def fill(
     with building:
         model: torch.nn.Module = _build_empty(_remapped(cls, config), config, dtype)
     model._fix_state_dict_keys_on_load(tensors)  # type: ignore[operator]
-    if not lean.seat(model, tensors):
+    if not seating.seat(model, tensors):
         _seat(model, tensors, name or folder)
     move_buffers(model, supply.device)
     model.register_to_config(_name_or_path=folder)  # type: ignore[operator]

@@ -1,19 +1,18 @@
 """Building a model around tensors that are there already, without what libraries do for those that are not.
 
-Owns the shortcuts: parameters made without memory at once, tensors seated without a search, patterns compiled when they are
-used. Each gives what the library's own way gives, and leaves it to that where anything is out of the ordinary. Must not know
-where tensors come from. It exists because building is most of what a load of a whole pipeline takes. Needs torch.
+Owns the shortcuts: parameters made without memory at once, patterns compiled when they are used. Each gives what the library's
+own way gives, and leaves it to that where anything is out of the ordinary. Must not know where tensors come from. It exists
+because building is most of what a load of a whole pipeline takes. Needs torch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from types import FunctionType, ModuleType
 from typing import Any
 
-import torch
 from torch import nn
 
 LAYERS: tuple[type[nn.Module], ...] = (
@@ -76,46 +75,6 @@ def _without_values(kind: type[Any]) -> Iterator[None]:
         yield
     finally:
         kind.reset_parameters = stock
-
-
-def seat(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Make the tensors a model's parameters and buffers, as ``load_state_dict(tensors, assign=True)`` does.
-
-    False, with nothing done, unless there is exactly one for each, of its shape, and no module has its own way of loading:
-    that method tells then what is wrong, or does it. It looks through all names at each of thousands of modules; this does not.
-    """
-    seats: list[tuple[dict[str, Any], str, str, torch.Tensor]] = []
-    for path, module in model.named_modules(remove_duplicate=False):
-        if not _loads_as_most_do(module):
-            return False
-        prefix = f"{path}." if path else ""
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                seats.append((module._parameters, name, prefix + name, parameter))
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                seats.append((module._buffers, name, prefix + name, buffer))
-    if len(seats) != len(tensors):
-        return False
-    for _, _, key, old in seats:
-        new = tensors.get(key)
-        if type(new) is not torch.Tensor or new.shape != old.shape:
-            return False
-    for holder, name, key, old in seats:
-        new = tensors[key]
-        holder[name] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-    return True
-
-
-def _loads_as_most_do(module: nn.Module) -> bool:
-    kind, stock = type(module), nn.Module
-    return (
-        kind._load_from_state_dict is stock._load_from_state_dict
-        and kind.load_state_dict is stock.load_state_dict
-        and kind.set_extra_state is stock.set_extra_state
-        and not module._load_state_dict_pre_hooks
-        and not module._load_state_dict_post_hooks
-    )
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import torch
 
 from nbcache.checkpoints.folders import CONFIG, read_json, weights_path
 from nbcache.errors import InvalidOption, ModelMismatch, ModelUnknown
-from nbcache.models import lean
+from nbcache.models import lean, seating
 from nbcache.models.derived import Derived
 from nbcache.models.packages import building, class_of, dtype_word, mismatch, require
 from nbcache.models.supply import Supply, widest_dtype
@@ -91,7 +91,7 @@ def assemble(
     # A slab that is cast as a whole will do only where nothing stays in float32.
     whole = not _may_keep_fp32(cls, config)
     tensors = dict(supply.weights(source or weights_path(folder, variant), dtype if whole else None))
-    with building, _no_warmup(library), _without_detours():
+    with building, _no_warmup(library), _without_detours(library):
         model, report = cls.from_pretrained(
             None,
             config=config,
@@ -176,7 +176,7 @@ def _no_warmup(library: Any) -> Iterator[None]:  # noqa: ANN401
 
 
 @contextlib.contextmanager
-def _without_detours() -> Iterator[None]:
+def _without_detours(library: Any) -> Iterator[None]:  # noqa: ANN401
     """Without what the library does from 5.0 on for each tensor, as if it came from a disk: a task of a thread, a pattern."""
     module = sys.modules.get("transformers.core_model_loading")
     if module is None:  # an older one, which may want its layers to have memory
@@ -185,7 +185,7 @@ def _without_detours() -> Iterator[None]:
     before = os.environ.get(IN_LINE)
     os.environ[IN_LINE] = "1"
     try:
-        with lean.layers_without_memory(), lean.late_patterns(module):
+        with lean.layers_without_memory(), lean.late_patterns(module), seating.seating_first(module, library.modeling_utils):
             yield
     finally:
         if before is None:
