@@ -70,6 +70,7 @@ INNER_RANKS: dict[str, dict[str, int]] = {
         "tensors": 0,
         "session": 1,
         "fill": 2,
+        "blocks": 2,
         "slabs": 2,
         "quantized": 1,
         "cow": 3,

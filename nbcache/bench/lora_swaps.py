@@ -179,7 +179,7 @@ class _Bench:
         """Until nothing is left to be done: garbage is collected, and what the last load left to be unmapped is."""
         import gc
 
-        from nbcache.client.device import LINGER_S
+        from nbcache.client.blocks import LINGER_S
 
         kernel.synchronize()
         gc.collect()

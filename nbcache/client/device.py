@@ -6,20 +6,17 @@ awaited and unmapped. Must not know what the tensors over a slab are made of. Ne
 
 from __future__ import annotations
 
-import contextlib
 import os
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import msgspec
 import torch
 
 from nbcache.client import tensors as edge
+from nbcache.client.blocks import Copy, mapped_blocks
 from nbcache.client.fill import Grant, Offer, Wish, committed, read_answer
 from nbcache.client.options import Loaded, Share
 from nbcache.client.session import ProgressCallback, Session, expect
@@ -30,13 +27,10 @@ from nbcache.errors import EntryNotFound, InvalidOption, ProtocolError, Unsuppor
 from nbcache.manifest import Extent, Manifest, nbytes_of, place_tensors, stored_shape
 from nbcache.memory.driver import Access, Driver, Gpu, Mapped, open_driver
 from nbcache.protocol import messages as m
+from nbcache.protocol.wire import close_all
 
 AHEAD = 2
 """Blocks asked for before they are needed: one is mapped while another is copied."""
-LINGER_S = 0.25
-"""When host blocks are unmapped, after a load: that takes locks of the driver's which what follows a load wants as well."""
-LINGER_BYTES = 4 << 30
-"""Of more than so much, which is pinned memory, the oldest blocks are unmapped at once; those of the last load may linger."""
 
 
 @dataclass(frozen=True)
@@ -151,13 +145,15 @@ class Device:
             if found is None:
                 return None
             offer = replace(found, read=offer.read)
-        hosts: list[Mapped] = []
+        copy = Copy(offer.key, message.copy, self._gpu.uuid)
+        hosts = mapped_blocks().take(copy)
         try:
             blocks = self._blocks(offer, message.block_sizes, hosts, on_progress)
             made, grant = self._fill_from(blocks, descriptors[0], offer, layout, share, on_progress)
         finally:
             os.close(descriptors[0])
-            _unmap_later(hosts)
+            is_whole = message.copy and sum(host.size_bytes for host in hosts) == offer.manifest.extent_bytes
+            mapped_blocks().put(hosts, copy if is_whole else None)
         os.close(grant.take_fd())
         return self._loaded(grant, made, layout, share, offer.read)
 
@@ -198,12 +194,15 @@ class Device:
     ) -> Iterator[Mapped]:
         """The host copy's blocks as they become staged, each mapped for the GPU, and added to ``mapped``, while others copy.
 
-        The first are asked for at once, not when the first is looked at.
+        The first are asked for at once, not when the first is looked at. If all are mapped already, none is asked for.
         """
         session = offer.session
         if sum(sizes) != offer.manifest.extent_bytes:
             raise ProtocolError(f"blocks of {sum(sizes)} bytes for an extent of {offer.manifest.extent_bytes}")
-        for number in range(0 if offer.filled else min(AHEAD, len(sizes))):
+        ahead = min(AHEAD, len(sizes))
+        if mapped:
+            return self._again(mapped, session, ahead if offer.filled else 0, on_progress)
+        for number in range(0 if offer.filled else ahead):
             session.send(m.Want(number))
 
         def map_each() -> Iterator[Mapped]:
@@ -222,6 +221,15 @@ class Device:
                 yield mapped[-1]
 
         return map_each()
+
+    def _again(
+        self, mapped: Sequence[Mapped], session: Session, asked: int, on_progress: ProgressCallback | None
+    ) -> Iterator[Mapped]:
+        """Blocks that are mapped; then those that were asked for ahead are received, and let go."""
+        yield from mapped
+        for _ in range(asked):
+            _, descriptors = expect(session.receive(on_progress), m.Block)
+            close_all(descriptors)
 
     def _cast(self, source: Manifest, target: Manifest, slab: SlabMap, blocks: Iterator[Mapped]) -> None:
         """Bring each tensor's bytes to scratch memory, in the order of their places, and cast it into its own."""
@@ -243,55 +251,6 @@ class Device:
                 views[extent.name].copy_(raw.view(stored_shape(extent.dtype, extent.shape)))
         for _ in blocks:  # of padding alone: the daemon sends them all the same
             pass
-
-
-def _unmap_later(mapped: list[Mapped]) -> None:
-    """Unmap in the background, when the load is over: 24 GB of host blocks take 50 ms that nobody need wait for."""
-    if mapped:
-        _unmapper(os.getpid()).put(mapped)
-
-
-class _Unmapper:
-    """A thread that unmaps what was put here, in the order of the putting, when it is due."""
-
-    def __init__(self) -> None:
-        self._waiting: deque[tuple[float, list[Mapped]]] = deque()
-        self._changed = threading.Condition()
-        threading.Thread(target=self._unmap, name="nbcache-unmap", daemon=True).start()
-
-    def put(self, mapped: list[Mapped]) -> None:
-        """Unmap these, by and by."""
-        with self._changed:
-            self._waiting.append((time.monotonic() + LINGER_S, mapped))
-            self._changed.notify()
-
-    def _unmap(self) -> None:
-        while True:
-            for each in self._next():
-                with contextlib.suppress(Exception):  # of this one alone: the others are to go, and those that come
-                    each.close()
-
-    def _next(self) -> list[Mapped]:
-        """Wait for what is due next."""
-        with self._changed:
-            while (left_s := self._left_s()) > 0:
-                self._changed.wait(left_s)
-            return self._waiting.popleft()[1]
-
-    def _left_s(self) -> float:
-        """For how long nothing is due, if nothing is put here meanwhile."""
-        if not self._waiting:
-            return threading.TIMEOUT_MAX
-        crowded = (
-            len(self._waiting) > 1 and sum(each.size_bytes for _, mapped in self._waiting for each in mapped) > LINGER_BYTES
-        )
-        return 0.0 if crowded else self._waiting[0][0] - time.monotonic()
-
-
-@lru_cache(1)
-def _unmapper(pid: int) -> _Unmapper:
-    """This process's; a forked child has none of its parent's."""
-    return _Unmapper()
 
 
 def cast_manifest(manifest: Manifest, dtype: str) -> Manifest:

@@ -18,7 +18,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from select import select
+from select import POLLIN, poll, select
 from typing import TypeVar
 
 from nbcache import __version__
@@ -148,6 +148,18 @@ class Session:
     def closed(self) -> bool:
         """Whether the connection is gone from this process."""
         return self._channel.socket.fileno() < 0
+
+    def await_end(self, timeout_s: float) -> None:
+        """Wait until the daemon ends the connection, or says anything, or another thread shuts it."""
+        waiter = poll()
+        with contextlib.suppress(OSError, ValueError):  # closed already
+            waiter.register(self._channel.socket, POLLIN)
+            waiter.poll(timeout_s * 1000)
+
+    def shut(self) -> None:
+        """Have :meth:`await_end` return, in whichever thread that is."""
+        with contextlib.suppress(OSError):
+            self._channel.socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """End the connection and the lease it stands for. Tensors that were mapped stay valid."""

@@ -152,7 +152,9 @@ def private_tensors(
 def _lacking(manifest: Manifest, device: torch.device) -> int:
     """How much memory torch has to ask for, beside what it keeps."""
     need = sum(extent.nbytes for extent in manifest.tensors)
-    return max(0, need - (torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)))
+    counted = torch.cuda.memory_stats_as_nested_dict(device)  # which torch's own questions sort through, each time
+    kept, used = (int(counted[f"{name}_bytes"]["all"]["current"]) if counted else 0 for name in ("reserved", "allocated"))
+    return max(0, need - (kept - used))
 
 
 def _reserve(size_bytes: int, device: torch.device) -> None:

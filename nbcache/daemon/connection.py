@@ -33,6 +33,7 @@ class Phase(enum.Enum):
     FILLING = "filling a slab"
     COMMITTING = "done filling a slab whose host copy is not complete"
     HOLDING = "holding"
+    WATCHING = "watching a pinned copy"
     CLOSING = "closing"
 
 
@@ -56,6 +57,8 @@ class Connection:
     """Blocks it asked for that are not staged yet."""
     refusal: NBCacheError | None = None
     """Why the host copy behind the slab that it was offered came to nothing: what its Fill will be answered."""
+    copy: int = 0
+    """The pinned copy of the entry that it watches."""
     told_s: float = 0.0
     """When it last heard of progress."""
 
@@ -88,6 +91,9 @@ class Port(Protocol):
 
     def fail(self, connection: Connection, error: NBCacheError) -> None:
         """Answer with an error; its message is cut to what a packet holds."""
+
+    def end(self, connection: Connection, why: str) -> None:
+        """End a connection, and what it was in the middle of. Nothing happens if it has ended."""
 
     def post(self, report: Callable[[], None]) -> None:
         """Have the server's thread call ``report``. May be called from any thread."""

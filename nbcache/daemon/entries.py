@@ -78,6 +78,8 @@ class Residence:
     state: State = State.ABSENT
     leases: dict[int, int] = field(default_factory=dict)
     last_used_s: float = 0.0
+    number: int = 0
+    """Tells it from every other that the store took in, in the same place too."""
 
     def happen(self, event: Event) -> None:
         """Change state by the table; IllegalTransition, and no change, if the table has no such pair."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from nbcache.daemon.entries import Place, Residences
 from nbcache.daemon.store import Store
@@ -22,12 +22,14 @@ class Holdings:
 
     Notes
     -----
-    The server's thread owns it. An :class:`IllegalTransition` of the store's is let through, and nothing is freed then.
+    The server's thread owns it. ``on_freed`` is told what was given back. An :class:`IllegalTransition` of the store's is let
+    through, and nothing is freed then.
     """
 
-    def __init__(self, store: Store, tiers: Tiers) -> None:
+    def __init__(self, store: Store, tiers: Tiers, on_freed: Callable[[str, Place], None] = lambda *_: None) -> None:
         self.store = store
         self.tiers = tiers
+        self._on_freed = on_freed
 
     def free(self, residences: Residences) -> None:
         """Evict residences that the store chose."""
@@ -45,6 +47,7 @@ class Holdings:
         self.tiers.free(key, place)
         if key not in self.store.entries:
             self.tiers.forget(key)
+        self._on_freed(key, place)
 
     @contextlib.contextmanager
     def undone_on_error(self, key: str, place: Place) -> Iterator[None]:

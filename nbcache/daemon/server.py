@@ -134,7 +134,7 @@ class Server:
         now = self._clock()
         for connection in list(self.connections.values()):
             if connection.is_limited and now - connection.since_s > PATIENCE_S:
-                self._drop(connection, f"left {connection.phase.value} for {PATIENCE_S:.0f} s")
+                self.end(connection, f"left {connection.phase.value} for {PATIENCE_S:.0f} s")
         for connection in list(self.connections.values()):
             if connection.is_waiting:
                 self._service.tell_progress(connection, now)
@@ -146,7 +146,7 @@ class Server:
 
     def _shut_down(self) -> None:
         for connection in list(self.connections.values()):
-            self._drop(connection, "the daemon stops")
+            self.end(connection, "the daemon stops")
         self._service.close()
         self._selector.close()
         self._listener.close()
@@ -183,7 +183,7 @@ class Server:
         self.connections[connection.number], self._lines[connection.number] = connection, line
         self._selector.register(line.channel.socket, selectors.EVENT_READ, partial(self._readable, connection))
         if line.pidfd >= 0:
-            self._selector.register(line.pidfd, selectors.EVENT_READ, partial(self._drop, connection, "its process ended"))
+            self._selector.register(line.pidfd, selectors.EVENT_READ, partial(self.end, connection, "its process ended"))
 
     def _readable(self, connection: Connection) -> None:
         line = self._lines.get(connection.number)
@@ -197,7 +197,7 @@ class Server:
         except BlockingIOError:
             pass
         except Closed:
-            self._drop(connection, "it closed")
+            self.end(connection, "it closed")
         except ProtocolError as error:
             self._refuse(connection, error)
         except NBCacheError as error:
@@ -205,10 +205,10 @@ class Server:
         except (IllegalTransition, AssertionError):
             raise
         except OSError as error:
-            self._drop(connection, f"{error}")
+            self.end(connection, f"{error}")
         except Exception:
             log.exception("a bug met by process %d", connection.pid)
-            self._drop(connection, "a bug, see above")
+            self.end(connection, "a bug, see above")
         finally:
             close_all(descriptors)  # those that no request took
 
@@ -236,7 +236,7 @@ class Server:
         try:
             line.channel.send(message, descriptors)
         except (OSError, ProtocolError) as error:  # gone, or so many replies unread that the socket is full, or too long
-            self._drop(connection, f"cannot reply: {error}")
+            self.end(connection, f"cannot reply: {error}")
 
     def fail(self, connection: Connection, error: NBCacheError) -> None:
         """See :class:`Port`. A message may quote what a peer sent, so it is cut."""
@@ -259,9 +259,10 @@ class Server:
         try:
             line.channel.socket.shutdown(socket.SHUT_WR)
         except OSError as error:
-            self._drop(connection, f"{error}")
+            self.end(connection, f"{error}")
 
-    def _drop(self, connection: Connection, why: str) -> None:
+    def end(self, connection: Connection, why: str) -> None:
+        """See :class:`Port`."""
         if self.connections.pop(connection.number, None) is None:
             return
         log.debug("connection %d of process %d ends: %s", connection.number, connection.pid, why)

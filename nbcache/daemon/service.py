@@ -64,7 +64,7 @@ class Service:
         self._started_s = clock()
         self._store = Store(limit_bytes, clock)
         self._tiers = Tiers(open_driver, port.post, Reader(), policy.block_bytes)
-        self._holdings = Holdings(self._store, self._tiers)
+        self._holdings = Holdings(self._store, self._tiers, self._freed)
         self._host = HostCopies(self._holdings, self)
         self._leases = Leases(port, self._holdings, self._host, policy, lambda *offer: self._slabs.fill_ahead(*offer))
         self._slabs = Slabs(port, self._holdings, self._leases, clock)
@@ -75,6 +75,7 @@ class Service:
             (Phase.OFFERED, m.Fill): self._slabs.fill,
             (Phase.FILLING, m.Want): self._slabs.want,
             (Phase.FILLING, m.Commit): self._slabs.commit,
+            (Phase.IDLE, m.Watch): self._watch,
             (Phase.IDLE, m.Reserve): self._reserve,
             (Phase.RESERVED, m.Commit): self._commit_reserved,
             (Phase.IDLE, m.Evict): self._evict,
@@ -220,6 +221,25 @@ class Service:
             self.let_go(connection)
             connection.phase = Phase.IDLE
             self._port.fail(connection, error)
+
+    # Watching
+
+    def _watch(self, connection: Connection, watch: m.Watch, _: list[int]) -> None:
+        entry = self._store.find((), watch.key)
+        copy = entry.residences.get(PINNED) if entry else None
+        if copy is None or copy.number != watch.copy:
+            self._port.reply(connection, m.Absent())
+            return
+        connection.phase, connection.key, connection.copy = Phase.WATCHING, watch.key, watch.copy
+        self._port.reply(connection, m.Watched())
+
+    def _freed(self, key: str, place: Place) -> None:
+        """Who keeps blocks of a pinned copy mapped learns that it is gone."""
+        if place != PINNED:
+            return
+        for connection in list(self._port.connections.values()):
+            if connection.phase is Phase.WATCHING and connection.key == key:
+                self._port.end(connection, "the copy that it watched was freed")
 
     # Saving, evicting, asking
 

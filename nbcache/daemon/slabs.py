@@ -67,7 +67,8 @@ class Slabs:
         connection.phase = Phase.FILLING
         if entry.state(PINNED) is State.READY:
             self._store.grant(entry.key, PINNED, connection.number, connection.pid)
-        self._port.reply(connection, m.Filling(self._tiers.block_sizes(entry.extent_bytes)), [fd])
+        sizes, copy = self._tiers.block_sizes(entry.extent_bytes), entry.residences[PINNED].number
+        self._port.reply(connection, m.Filling(sizes, copy), [fd])
 
     def _create(self, connection: Connection, entry: Entry, extent_bytes: int) -> int:
         """A slab, for which idle ones give way one by one. DeviceMemoryFull, with who holds what, if all would not suffice."""

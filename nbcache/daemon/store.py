@@ -39,6 +39,7 @@ class Store:
         self.entries: dict[str, Entry] = {}
         self._names: dict[str, str] = {}
         self._generations = itertools.count(1)
+        self._numbers = itertools.count(1)
 
     # What there is
 
@@ -85,7 +86,7 @@ class Store:
         HostMemoryFull if policy cannot make room in the host tier; room on a GPU is the driver's to find.
         """
         victims = self.plan_eviction(extent_bytes, entry.name) if place.on_host else []
-        residence = Residence(place, extent_bytes, last_used_s=self._clock())
+        residence = Residence(place, extent_bytes, last_used_s=self._clock(), number=next(self._numbers))
         residence.happen(Event.FILL)
         if entry.state(place) is not State.ABSENT:
             raise IllegalTransition(f"{entry.key}: filled twice in {place}")

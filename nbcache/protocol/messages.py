@@ -99,6 +99,16 @@ class Want(Message, frozen=True, tag="want"):
     number: int
 
 
+class Watch(Message, frozen=True, tag="watch"):
+    """Client: I keep blocks of this copy of the entry mapped. Answered by Watched or Absent; the end comes with the copy's.
+
+    ``copy`` is what Filling called it.
+    """
+
+    key: str
+    copy: int
+
+
 class FreeGpu(Message, frozen=True, tag="free_gpu"):
     """Client: drop the idle slabs, all of them or those of the entry that these names name. Answered by Evicted."""
 
@@ -166,10 +176,14 @@ class Vacant(Message, frozen=True, tag="vacant"):
 
 
 class Filling(Message, frozen=True, tag="filling"):
-    """Daemon: yours to fill from the host copy, which is cut into blocks of these sizes. Descriptor: the slab."""
+    """Daemon: yours to fill from the host copy, which is cut into blocks of these sizes. Descriptor: the slab.
+
+    ``copy`` tells it from every other host copy of this daemon's, of this entry too.
+    """
 
     DESCRIPTORS = (1, 1)
     block_sizes: tuple[int, ...]
+    copy: int = 0
 
 
 class Block(Message, frozen=True, tag="block"):
@@ -185,6 +199,10 @@ class Progress(Message, frozen=True, tag="progress"):
 
     staged_bytes: int
     total_bytes: int
+
+
+class Watched(Message, frozen=True, tag="watched"):
+    """Daemon: this connection ends when the copy does."""
 
 
 class Reserved(Message, frozen=True, tag="reserved"):
@@ -218,8 +236,10 @@ class Failed(Message, frozen=True, tag="failed"):
     message: str
 
 
-ClientMessage = Hello | Find | Stage | Files | Reserve | Commit | Fill | Want | FreeGpu | Evict | Pin | Query
-DaemonMessage = Welcome | Granted | Absent | Vacant | Filling | Block | Progress | Reserved | Done | Evicted | Document | Failed
+ClientMessage = Hello | Find | Stage | Files | Reserve | Commit | Fill | Want | Watch | FreeGpu | Evict | Pin | Query
+DaemonMessage = (
+    Welcome | Granted | Absent | Vacant | Filling | Block | Progress | Watched | Reserved | Done | Evicted | Document | Failed
+)
 
 
 class Lease(msgspec.Struct, frozen=True):

@@ -21,7 +21,7 @@ from nbcache.client.options import Loaded, Options
 from nbcache.client.session import Session
 from nbcache.client.slabs import SlabMap
 from nbcache.client.weights import Weights
-from nbcache.errors import DeviceMemoryFull, DriverError, HostMemoryFull, InvalidOption, PackageMissing, UnsupportedFormat
+from nbcache.errors import DeviceMemoryFull, HostMemoryFull, InvalidOption, PackageMissing, UnsupportedFormat
 from nbcache.manifest import Extent, Manifest, place_tensors
 from nbcache.memory.driver import Access
 from nbcache.protocol import messages as m
@@ -30,7 +30,6 @@ from tests.behaviour.test_gpu_path import KERNEL
 from tests.support.checkpoints import write_checkpoint
 from tests.support.emulated import EmulatedDriver, EmulatedViews
 from tests.support.kernels import Interpreter
-from tests.support.waiting import eventually
 
 
 @pytest.fixture
@@ -43,56 +42,6 @@ def kernel(emulated):
 @pytest.fixture
 def path(tmp_path):
     return write_checkpoint(tmp_path / "model.safetensors")
-
-
-# Unmapping
-
-
-class HostBlock:
-    """A mapped host block that notes its end, or refuses it."""
-
-    def __init__(self, size_bytes=1, refuses=False):
-        self.address, self.size_bytes, self.refuses, self.closed = 0, size_bytes, refuses, False
-
-    def close(self):
-        if self.refuses:
-            raise DriverError("cuMemUnmap: invalid argument (1)")
-        self.closed = True
-
-
-@pytest.fixture
-def unmap():
-    """:func:`device._unmap_later` with a thread of the test's own."""
-    device._unmapper.cache_clear()
-    yield device._unmap_later
-    device._unmapper.cache_clear()
-
-
-def test_host_blocks_of_many_quick_loads_linger_no_longer_than_those_of_one(unmap, monkeypatch):
-    monkeypatch.setattr(device, "LINGER_S", 0.3)
-    blocks = [HostBlock() for _ in range(20)]
-    for block in blocks:
-        unmap([block])
-    assert not any(block.closed for block in blocks)
-    eventually(lambda: all(block.closed for block in blocks), timeout_s=2)
-
-
-def test_a_block_that_is_not_unmapped_does_not_keep_others(unmap, monkeypatch):
-    monkeypatch.setattr(device, "LINGER_S", 0)
-    others = HostBlock(), HostBlock()
-    unmap([HostBlock(refuses=True), others[0]])
-    eventually(lambda: others[0].closed)
-    unmap([others[1]])
-    eventually(lambda: others[1].closed)
-
-
-def test_much_pinned_memory_does_not_linger(unmap, monkeypatch):
-    """But that of the last load, whatever it takes: to unmap it at once would slow down what follows."""
-    monkeypatch.setattr(device, "LINGER_S", 60)
-    large = [HostBlock(3 << 30) for _ in range(4)]
-    for block in large:
-        unmap([block])
-    eventually(lambda: [block.closed for block in large] == [True, True, True, False])
 
 
 # Without a daemon: what the client's parts leave behind

@@ -20,7 +20,7 @@ import nbcache
 import nbcache.bench.kernel as bench
 from nbcache.bench.flux import write_lora_sized
 from nbcache.bench.isolation import own_daemon, run_fresh
-from nbcache.client import api, device, fill
+from nbcache.client import api, device, fill, loading, slabs
 from nbcache.client.session import Session
 from nbcache.client.views import CudaViews
 from nbcache.memory.driver import CudaDriver, _CudaMap
@@ -92,7 +92,7 @@ PLACES: list[tuple[object, str]] = [
     *((kind, name) for kind in (CudaDriver, EmulatedDriver) for name in ("map_slab", "map_block_on", "copy")),
     *((kind, name) for kind in (CudaViews, EmulatedViews) for name in ("synchronize", "plain", "cow", "private")),
     *((kind, name) for kind in (_CudaMap, EmulatedMap) for name in ("protect", "close")),
-    (device, "committed"), (device, "_unmap_later"), (device, "find_device"), (device, "cast_manifest"),
+    (device, "committed"), (loading, "find_device"), (device, "cast_manifest"), (slabs, "_lacking"), (slabs, "_reserve"),
     (fill, "meaning_of"), (fill, "is_unchanged"), (fill, "_decoded"),
 ]  # fmt: skip
 

@@ -126,6 +126,38 @@ def test_a_cast_of_several_blocks(kernel, tmp_path, dtype):
     assert kernel.run(f"all(torch.equal(w[n], t.to(w[n].dtype).cuda()) for n, t in load_file({str(path)!r}).items())")
 
 
+def without_slab() -> bool:
+    nbcache.free_gpu()
+    return leases() == []
+
+
+def test_host_blocks_stay_mapped_from_load_to_load_until_the_daemon_frees_them(kernel, tmp_path):
+    """And what they hold is copied right each time, cast or not, and freed with the daemon's copy: no pinned memory stays."""
+    file = write(tmp_path / "m.safetensors", [(3000, 5000)] * 9)
+    kernel.run("from nbcache.client import blocks; from nbcache.client.device import find_device")
+    kernel.run(
+        "driver = find_device(torch.device('cuda'))._driver; stock = driver.map_block_on; mapped = []\n"
+        "driver.map_block_on = lambda *given: mapped.append(given) or stock(*given)\n"
+        "def kept(): return len(blocks.mapped_blocks()._kept)"
+    )
+    for share in ("readonly", "cow", "private", "readonly"):
+        kernel.run(f"w = {load(file, share)}")
+        assert kernel.run(f"same(w, {str(file)!r})")
+        kernel.run("del w; gc.collect(); torch.cuda.synchronize()")
+        eventually(lambda: kernel.run("kept()") == 1)
+        eventually(without_slab)
+    kernel.run(f"w = {load(file, 'readonly', dtype='float16')}")
+    assert kernel.run(f"all(torch.equal(w[n], t.half()) for n, t in load_file({str(file)!r}, device='cuda').items())")
+    assert kernel.run("len(mapped)") == 3
+    kernel.run("del w; gc.collect()")
+    eventually(lambda: kernel.run("kept()") == 1)
+    eventually(without_slab)
+    nbcache.evict(str(file))
+    eventually(lambda: kernel.run("kept()") == 0)
+    kernel.run(f"w = {load(file)}")
+    assert kernel.run(f"same(w, {str(file)!r})")
+
+
 @pytest.mark.parametrize("share", ["cow", "readonly", "private"])
 def test_threads_that_never_used_the_gpu_fill_and_attach(kernel, path, share):
     kernel.run("import threading\nwarnings.simplefilter('error')\nfound = []")

@@ -77,6 +77,7 @@ CLIENT_MESSAGES: list[tuple[m.Message, int]] = [
     (m.Find((), "key", m.DeviceWish("GPU-1", ahead=2)), 0),
     (m.Fill(1 << 40), 0),
     (m.Want(7), 0),
+    (m.Watch("k", 3), 0),
     (m.FreeGpu(("a",)), 0),
 ]
 DAEMON_MESSAGES: list[tuple[m.Message, int]] = [
@@ -84,7 +85,8 @@ DAEMON_MESSAGES: list[tuple[m.Message, int]] = [
     (m.Granted("k", "n", "file", True), 2),
     (m.Granted("k", "n", "file", True), 1),
     (m.Vacant("k", True), 1),
-    (m.Filling((1 << 20, 1 << 29)), 1),
+    (m.Filling((1 << 20, 1 << 29), 3), 1),
+    (m.Watched(), 0),
     (m.Block(3, 1 << 29), 1),
     (m.Absent(), 0),
     (m.Progress(1, 2), 0),

@@ -37,6 +37,9 @@ class Port:
     def reply(self, connection: Connection, message: m.Message, descriptors: Sequence[int] = ()) -> None:
         self.answers.append(message)
 
+    def end(self, connection: Connection, why: str) -> None:
+        del self.connections[connection.number]
+
     def fail(self, connection: Connection, error: NBCacheError) -> None:
         self.answers.append(m.Failed(type(error).__name__, str(error)))
 
@@ -187,7 +190,7 @@ def test_who_wishes_ahead_fills_at_once_and_gets_its_first_blocks_as_they_are_st
     bench = make()
     entry, connection = offered(bench, ahead=2)
     bench.service._leases.attend(connection, entry)
-    assert bench.port.answers == [m.Vacant("k", True), m.Filling((2 * MIB,) * 3)]
+    assert bench.port.answers == [m.Vacant("k", True), m.Filling((2 * MIB,) * 3, entry.residences[PINNED].number)]
     assert connection.phase is Phase.FILLING
     bench.until("k", PINNED)
     assert bench.port.answers[2:] == [m.Block(0, 2 * MIB), m.Block(1, 2 * MIB)]
@@ -219,6 +222,47 @@ def test_a_wish_ahead_that_cannot_be_is_a_protocol_error(make, wish):
     entry, connection = offered(bench, **wish)
     with pytest.raises(ProtocolError, match="ahead"):
         bench.service._leases.attend(connection, entry)
+
+
+def watching(bench: Bench, number: int, key: str, copy: int) -> Connection:
+    connection = Connection(number, os.getpid(), 0.0, Phase.IDLE)
+    bench.port.connections[number] = connection
+    bench.service.requests[connection.phase, m.Watch](connection, m.Watch(key, copy), [])
+    return connection
+
+
+def test_who_watches_a_pinned_copy_hears_of_its_end_and_of_no_other(make):
+    bench = make()
+    entry, filler = offered(bench)
+    bench.service._leases.attend(filler, entry)
+    bench.until("k", PINNED)
+    place = filler.place
+    bench.tiers.create_slab("k", place, EXTENT)
+    bench.free(bench.store.fill(entry, place, EXTENT))
+    bench.free(bench.store.complete("k", place))
+    bench.port.answers.clear()
+    copy = entry.residences[PINNED].number
+    assert [watching(bench, 11, "k", copy).phase, watching(bench, 12, "k", copy).phase] == [Phase.WATCHING] * 2
+    strangers = [watching(bench, 13, "k", copy + 9), watching(bench, 14, "other", copy)]
+    assert [each.phase for each in strangers] == [Phase.IDLE] * 2
+    assert bench.port.answers == [m.Watched(), m.Watched(), m.Absent(), m.Absent()]
+    bench.free([("k", SHARED), ("k", place)])
+    assert {11, 12} <= set(bench.port.connections)
+    bench.free([("k", PINNED)])
+    assert {11, 12}.isdisjoint(bench.port.connections) and {13, 14} <= set(bench.port.connections)
+
+
+def test_a_copy_that_is_made_anew_has_another_number(make):
+    bench = make()
+    entry, filler = offered(bench)
+    numbers = []
+    for _ in range(2):
+        filler.phase = Phase.IDLE
+        bench.service._leases.attend(filler, entry)
+        bench.until("k", PINNED)
+        numbers.append(entry.residences[PINNED].number)
+        bench.free([("k", PINNED)])
+    assert len(set(numbers)) == 2
 
 
 def test_who_wants_shared_memory_is_not_told_that_there_is_no_pinned_memory(make):
