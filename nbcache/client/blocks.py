@@ -15,17 +15,20 @@ from collections import deque
 from dataclasses import dataclass
 from functools import lru_cache
 
-from nbcache.client.session import Session
-from nbcache.errors import NBCacheError
+from nbcache.client.session import Session, expect
 from nbcache.memory.driver import Mapped
 from nbcache.protocol import messages as m
 
 LINGER_S = 0.25
 """When host blocks are unmapped, after a load: that takes locks of the driver's which what follows a load wants as well."""
 KEEP_BYTES = 4 << 30
-"""What may stay mapped, or linger, but for the blocks of the last load, which may linger whatever they take."""
+"""What may stay mapped; and what may linger, but for the blocks of the last load, which may linger whatever they take."""
+KEEP_COPIES = 16
+"""Of how many copies blocks may stay mapped. Each takes a thread, and descriptors here and in the daemon."""
 KEEP_S = 600.0
 """For how long blocks stay mapped that are not copied from again."""
+PATIENCE_S = 2.0
+"""How long the daemon may take to answer: to have blocks mapped already is not worth more."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +72,14 @@ class MappedBlocks:
     Notes
     -----
     Any thread may put and take. The blocks of a copy are right for as long as the daemon calls it by the same number; the watch
-    is there so that its memory is free as soon as the daemon frees it.
+    is there so that its memory is free as soon as the daemon frees it, and this process can run.
     """
 
     def __init__(self) -> None:
         self._lingering: deque[_Parked] = deque()
         self._kept: dict[Copy, _Parked] = {}
         self._changed = threading.Condition()
-        threading.Thread(target=self._tidy, name="nbcache-unmap", daemon=True).start()
+        self._is_tidied = False
 
     def put(self, mapped: list[Mapped], copy: Copy | None = None) -> None:
         """Unmap these by and by; or, all blocks of a ``copy``, keep them for the next load if they are not too large."""
@@ -84,6 +87,10 @@ class MappedBlocks:
             with self._changed:
                 self._lingering.append(_Parked(mapped, copy, time.monotonic() + LINGER_S))
                 self._changed.notify()
+                if not self._is_tidied:
+                    with contextlib.suppress(RuntimeError):  # no more threads can be had: the next to put here tries again
+                        threading.Thread(target=self._tidy, name="nbcache-unmap", daemon=True).start()
+                        self._is_tidied = True
 
     def take(self, copy: Copy) -> list[Mapped]:
         """All blocks of a copy, the caller's from now on; none if they are not mapped."""
@@ -101,8 +108,11 @@ class MappedBlocks:
     def _tidy(self) -> None:
         while True:
             parked = self._next()
-            if not self._keep(parked):
-                parked.unmap()
+            if parked.copy is not None and parked.size_bytes <= KEEP_BYTES:
+                with contextlib.suppress(RuntimeError):  # no more threads can be had
+                    threading.Thread(target=self._keep, args=(parked, parked.copy), name="nbcache-watch", daemon=True).start()
+                    continue
+            parked.unmap()
 
     def _next(self) -> _Parked:
         """Wait for what is due next."""
@@ -118,26 +128,22 @@ class MappedBlocks:
         crowded = len(self._lingering) > 1 and sum(each.size_bytes for each in self._lingering) > KEEP_BYTES
         return 0.0 if crowded else self._lingering[0].due_s - time.monotonic()
 
-    def _keep(self, parked: _Parked) -> bool:
-        """Keep blocks mapped while their copy is watched; False if it is gone already, or cannot be watched."""
-        copy = parked.copy
-        if copy is None or parked.size_bytes > KEEP_BYTES or (session := _watch(copy)) is None:
-            return False
+    def _keep(self, parked: _Parked, copy: Copy) -> None:
+        """Keep blocks until they are taken, the daemon frees their copy, or nobody has wanted them for long."""
+        session = _watch(copy)
+        if session is None:
+            parked.unmap()
+            return
         parked.session = session
         with self._changed:
             going = [self._kept.pop(copy)] if copy in self._kept else []
             self._kept[copy] = parked
-            while sum(each.size_bytes for each in self._kept.values()) > KEEP_BYTES:
+            while len(self._kept) > KEEP_COPIES or sum(each.size_bytes for each in self._kept.values()) > KEEP_BYTES:
                 going.append(self._kept.pop(next(iter(self._kept))))
             for each in going:
                 each.stop_watching()
-        threading.Thread(target=self._await_end, args=(copy, parked, session), name="nbcache-watch", daemon=True).start()
         for each in going:
             each.unmap()
-        return True
-
-    def _await_end(self, copy: Copy, parked: _Parked, session: Session) -> None:
-        """Unmap what is kept when the daemon frees it, or when nobody has wanted it for long; unless it was taken before."""
         session.await_end(KEEP_S)
         with self._changed:
             is_kept = self._kept.get(copy) is parked
@@ -149,19 +155,17 @@ class MappedBlocks:
 
 
 def _watch(copy: Copy) -> Session | None:
-    """A session that the daemon ends with the copy; None if the copy is gone already, or the daemon."""
+    """A session that the daemon ends with the copy; None if the copy is gone already, or it cannot be watched."""
     try:
-        session = Session.open(start=False)
+        session = Session.open(start=False, reply_timeout_s=PATIENCE_S)
         try:
-            if isinstance(session.request(m.Watch(copy.key, copy.number))[0], m.Watched):
-                return session
+            expect(session.request(m.Watch(copy.key, copy.number)), m.Watched)
         except BaseException:
             session.close()
             raise
-        session.close()
-    except NBCacheError:
-        pass
-    return None
+    except Exception:  # noqa: BLE001 - whatever it is, the blocks are not kept, and that is all
+        return None
+    return session
 
 
 def mapped_blocks() -> MappedBlocks:

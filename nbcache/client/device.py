@@ -146,8 +146,9 @@ class Device:
                 return None
             offer = replace(found, read=offer.read)
         copy = Copy(offer.key, message.copy, self._gpu.uuid)
-        hosts = mapped_blocks().take(copy)
+        hosts: list[Mapped] = []
         try:
+            hosts += mapped_blocks().take(copy)
             blocks = self._blocks(offer, message.block_sizes, hosts, on_progress)
             made, grant = self._fill_from(blocks, descriptors[0], offer, layout, share, on_progress)
         finally:

@@ -191,7 +191,10 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _connect(paths: RuntimePaths) -> socket.socket | None:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    except OSError as error:
+        raise DaemonUnavailable(f"cannot connect to {paths.socket}: {error.strerror}") from error
     try:
         with SocketAddress(paths.socket) as address:
             sock.connect(address)

@@ -57,8 +57,6 @@ class Connection:
     """Blocks it asked for that are not staged yet."""
     refusal: NBCacheError | None = None
     """Why the host copy behind the slab that it was offered came to nothing: what its Fill will be answered."""
-    copy: int = 0
-    """The pinned copy of the entry that it watches."""
     told_s: float = 0.0
     """When it last heard of progress."""
 

@@ -230,7 +230,7 @@ class Service:
         if copy is None or copy.number != watch.copy:
             self._port.reply(connection, m.Absent())
             return
-        connection.phase, connection.key, connection.copy = Phase.WATCHING, watch.key, watch.copy
+        connection.phase, connection.key = Phase.WATCHING, watch.key
         self._port.reply(connection, m.Watched())
 
     def _freed(self, key: str, place: Place) -> None:

@@ -89,13 +89,14 @@ def _loads_as_most_do(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def seating_first(loading: ModuleType, user: ModuleType) -> Iterator[None]:
-    """Have transformers' loader, from 5.0 on, find those tensors seated that fit as they are.
+    """Have transformers' loader find those tensors seated that fit as they are.
 
     It makes an object for each of them, and a job, and looks for its module from the root. ``loading`` is the module that has
-    the loader, ``user`` the one that calls it. One that takes other arguments than are known here is left alone.
+    the loader, ``user`` the one that calls it. One that takes other arguments than those from 5.16 on is left alone.
     """
     stock: Any = getattr(user, LOADER, None)
-    if not _takes(stock, LOADER_TAKES) or not _takes(getattr(loading, RENAMER, None), RENAMER_TAKES):
+    rename: Any = getattr(loading, RENAMER, None)
+    if _arguments(stock) != LOADER_TAKES or _arguments(rename)[: len(RENAMER_TAKES)] != RENAMER_TAKES:
         yield
         return
 
@@ -118,9 +119,9 @@ def seating_first(loading: ModuleType, user: ModuleType) -> Iterator[None]:
         setattr(user, LOADER, stock)
 
 
-def _takes(function: Any, names: tuple[str, ...]) -> bool:  # noqa: ANN401
-    """Whether a function's arguments begin with these."""
-    return callable(function) and tuple(inspect.signature(function).parameters)[: len(names)] == names
+def _arguments(function: Any) -> tuple[str, ...]:  # noqa: ANN401
+    """The names of a function's arguments; none of what is no function."""
+    return tuple(inspect.signature(function).parameters) if callable(function) else ()
 
 
 def _seat_what_fits(model: nn.Module, tensors: dict[str, Any], wanted: Any, loading: ModuleType) -> dict[str, str]:  # noqa: ANN401
@@ -147,8 +148,9 @@ def _seat_what_fits(model: nn.Module, tensors: dict[str, Any], wanted: Any, load
         place = places.get(goal)
         if place is not None and _fits(place, tensor, device):
             chosen[key] = place, tensor
-    if not single.isdisjoint(joined):
-        return {}
+    wanted_seats = [(id(places[goal].holder), places[goal].name) for goal in single if goal in places]
+    if len(set(wanted_seats)) < len(wanted_seats) or not single.isdisjoint(joined):
+        return {}  # a module of two names: the last of the two is right, in the library's order
     for place, tensor in chosen.values():
         _give(place, tensor)
     return {key: place.key for key, (place, _) in chosen.items()}
@@ -204,5 +206,6 @@ def _give(place: Seat, tensor: torch.Tensor) -> None:
     given = nn.Parameter(tensor, tensor.is_floating_point()) if place.holder is place.module._parameters else tensor
     setattr(given, FLAG, True)
     place.holder[place.name] = given
-    if type(place.module) in LAYERS and all(hasattr(each, FLAG) for each in place.module.parameters(False)):
-        setattr(place.module, FLAG, True)  # it has no others, nor buffers: nothing is left to initialise
+    module = place.module
+    if type(module) in LAYERS and not module._buffers and all(hasattr(each, FLAG) for each in module.parameters(False)):
+        setattr(module, FLAG, True)  # nothing is left to initialise

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
 
 from nbcache.client import blocks as room
 from nbcache.client.blocks import Copy, MappedBlocks
-from nbcache.errors import DriverError
+from nbcache.errors import DaemonUnavailable, DriverError
 from tests.support.waiting import eventually
 
 COPY = Copy("k", 1, "GPU-0")
 
 
 class HostBlock:
-    """A mapped host block that notes its end, or refuses it."""
+    """A mapped host block that counts its ends, or refuses them."""
 
     def __init__(self, size_bytes=1, refuses=False):
-        self.address, self.size_bytes, self.refuses, self.closed = 0, size_bytes, refuses, False
+        self.address, self.size_bytes, self.refuses, self.ends = 0, size_bytes, refuses, 0
+
+    @property
+    def closed(self):
+        assert self.ends <= 1
+        return self.ends == 1
 
     def close(self):
-        assert not self.closed
         if self.refuses:
             raise DriverError("cuMemUnmap: invalid argument (1)")
-        self.closed = True
+        self.ends += 1
 
 
 class Watch:
@@ -151,6 +154,49 @@ def test_the_oldest_give_way(watches):
     assert [bool(blocks.take(copy)) for copy in copies] == [False, True, True, True, True]
 
 
+def test_no_more_than_a_few_copies_are_kept(watches, monkeypatch):
+    monkeypatch.setattr(room, "KEEP_COPIES", 2)
+    copies = [Copy("k", number, "GPU-0") for number in range(1, 5)]
+    mine, blocks = [HostBlock() for _ in copies], MappedBlocks()
+    for copy, block in zip(copies, mine, strict=True):
+        blocks.put([block], copy)
+        kept(blocks, copy)
+    eventually(lambda: [block.closed for block in mine] == [True, True, False, False])
+
+
+def test_where_no_thread_can_be_had_nothing_is_kept_and_nothing_lost(watches, monkeypatch):
+    """Neither for what is to be watched, nor, at first, for the unmapping."""
+    stock, refused = threading.Thread.start, ["nbcache-watch", "nbcache-unmap"]
+
+    def start(thread):
+        if thread.name in refused:
+            raise RuntimeError("can't start new thread")
+        stock(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    first, second, blocks = HostBlock(), HostBlock(), MappedBlocks()
+    blocks.put([first], COPY)
+    refused.remove("nbcache-unmap")
+    blocks.put([second])
+    eventually(lambda: first.closed and second.closed)
+    assert blocks.take(COPY) == []
+
+
+def test_what_goes_wrong_with_the_watch_costs_the_keeping_alone(monkeypatch):
+    monkeypatch.setattr(room, "LINGER_S", 0)
+    for error in (OSError(24, "Too many open files"), DaemonUnavailable("gone"), ValueError("a bug")):
+
+        def refuse(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(room.Session, "open", refuse)
+        mine, after, blocks = HostBlock(), HostBlock(), MappedBlocks()
+        blocks.put([mine], COPY)
+        eventually(lambda mine=mine: mine.closed)
+        blocks.put([after])
+        eventually(lambda after=after: after.closed)
+
+
 def test_the_same_copy_mapped_twice_is_kept_once(watches):
     """Two threads loaded it at once."""
     first, second, blocks = HostBlock(), HostBlock(), MappedBlocks()
@@ -165,15 +211,14 @@ def test_the_same_copy_mapped_twice_is_kept_once(watches):
 
 def test_taken_while_the_daemon_frees_it(watches):
     """Whoever is first has it; it is never both taken and unmapped."""
-    blocks = MappedBlocks()
+    blocks, taken, left = MappedBlocks(), [], []
     for _ in range(50):
         mine = HostBlock()
         blocks.put([mine], COPY)
         kept(blocks, COPY)
-        watches.pop(COPY).ended.set()
-        time.sleep(0)
-        if blocks.take(COPY):
-            time.sleep(0.002)
-            assert not mine.closed
-        else:
-            eventually(lambda mine=mine: mine.closed)
+        watch = watches.pop(COPY)
+        watch.ended.set()
+        (taken if blocks.take(COPY) else left).append(mine)
+        eventually(lambda watch=watch: watch.closed)
+    eventually(lambda: all(block.closed for block in left))
+    assert not any(block.closed for block in taken)
