@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ torch = pytest.importorskip("torch")
 from nbcache.models import seating  # noqa: E402
 
 transformers = pytest.importorskip("transformers", minversion="5.16")
+initialization = importlib.import_module("transformers.initialization")
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20}
 LLAMA = transformers.LlamaConfig(vocab_size=64, num_key_value_heads=1, tie_word_embeddings=False, **SIZES)
 T5 = transformers.T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=20, num_layers=2, num_heads=4)
@@ -173,7 +175,7 @@ class Own(transformers.PreTrainedModel):
     def _init_weights(self, module):
         super()._init_weights(module)
         if hasattr(module, "scale"):
-            transformers.initialization.constant_(module.scale, 3.0)
+            initialization.constant_(module.scale, 3.0)
 
 
 @pytest.mark.parametrize("first_dtype", [torch.float32, torch.float16])
