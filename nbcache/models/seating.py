@@ -10,9 +10,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,8 +26,7 @@ FLAG = "_is_hf_initialized"
 """Says to transformers that a parameter, or a module, has its values."""
 
 
-@dataclass(frozen=True)
-class Seat:
+class Seat(NamedTuple):
     """Where a model has one of its tensors."""
 
     module: nn.Module
@@ -148,8 +146,8 @@ def _seat_what_fits(model: nn.Module, tensors: dict[str, Any], wanted: Any, load
         place = places.get(goal)
         if place is not None and _fits(place, tensor, device):
             chosen[key] = place, tensor
-    wanted_seats = [(id(places[goal].holder), places[goal].name) for goal in single if goal in places]
-    if len(set(wanted_seats)) < len(wanted_seats) or not single.isdisjoint(joined):
+    filled = [(id(places[goal].holder), places[goal].name) for goal in single if goal in places]
+    if len(set(filled)) < len(filled) or not single.isdisjoint(joined):
         return {}  # a module of two names: the last of the two is right, in the library's order
     for place, tensor in chosen.values():
         _give(place, tensor)

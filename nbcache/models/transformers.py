@@ -177,7 +177,7 @@ def _no_warmup(library: Any) -> Iterator[None]:  # noqa: ANN401
 
 @contextlib.contextmanager
 def _without_detours(library: Any) -> Iterator[None]:  # noqa: ANN401
-    """Without what the library does from 5.0 on for each tensor, as if it came from a disk: a task of a thread, a pattern."""
+    """Without what the library does from 5.0 on for each tensor, as if read from a disk: a task, a pattern, a search."""
     module = sys.modules.get("transformers.core_model_loading")
     if module is None:  # an older one, which may want its layers to have memory
         yield

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.kernels import WITH_SAME, Interpreter
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -34,3 +36,11 @@ def emulated(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch, failures: Path)
     monkeypatch.setenv("NBCACHE_TEST_DRIVER", "tests.support.emulated:make")
     monkeypatch.setenv("NBCACHE_TEST_FAILURES", str(failures))
     monkeypatch.setenv("NBCACHE_GPU_LOW_WATERMARK", "0")
+
+
+@pytest.fixture
+def kernel(emulated: None) -> Iterator[Interpreter]:
+    """A kernel over the emulated driver, with what these tests ask of one."""
+    with Interpreter() as kernel:
+        kernel.run(WITH_SAME)
+        yield kernel

@@ -17,29 +17,10 @@ from safetensors.torch import load_file, save_file
 
 import nbcache
 from tests.support.checkpoints import write_checkpoint
-from tests.support.kernels import Interpreter, RemoteError
+from tests.support.kernels import WITH_SAME, Interpreter, RemoteError
 from tests.support.waiting import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
-
-KERNEL = """
-import gc, json, os, torch, warnings
-import nbcache
-from safetensors.torch import load_file
-
-def same(weights, path, dtype=None):
-    stock = load_file(path)
-    cast = {n: t.to(dtype) if dtype and t.is_floating_point() else t for n, t in stock.items()}
-    alike = (torch.equal(weights[n], cast[n]) and weights[n].dtype == cast[n].dtype for n in cast)
-    return list(weights) == list(cast) and all(alike)
-"""
-
-
-@pytest.fixture
-def kernel(emulated):
-    with Interpreter() as kernel:
-        kernel.run(KERNEL)
-        yield kernel
 
 
 @pytest.fixture
@@ -70,7 +51,7 @@ def test_the_second_kernel_maps_what_the_first_filled(kernel, path):
     kernel.kill()
     eventually(lambda: slabs()[0][3] == 0)
     with Interpreter() as second:
-        second.run(KERNEL)
+        second.run(WITH_SAME)
         second.run(f"w = nbcache.load({str(path)!r}, device='cuda', share='readonly')")
         assert second.run("w.hit") is True
         assert second.run(f"same(w, {str(path)!r})")
@@ -155,7 +136,7 @@ def test_idle_slabs_give_way_when_another_does_not_fit(emulated, monkeypatch, tm
     monkeypatch.setenv("NBCACHE_TEST_GPU_BYTES", str(50 << 20))
     paths = [write_checkpoint(tmp_path / f"{n}.safetensors", seed=n, sizes=((2500, 2000),)) for n in range(3)]
     with Interpreter() as kernel:
-        kernel.run(KERNEL)
+        kernel.run(WITH_SAME)
         for path in paths[:2]:
             kernel.run(f"nbcache.load({str(path)!r}, device='cuda', share='readonly'); gc.collect()")
         assert len(slabs()) == 2
@@ -169,7 +150,7 @@ def test_a_full_gpu_says_who_holds_what(emulated, monkeypatch, tmp_path):
     monkeypatch.setenv("NBCACHE_TEST_GPU_BYTES", str(50 << 20))
     paths = [write_checkpoint(tmp_path / f"{n}.safetensors", seed=n, sizes=((2500, 2000),)) for n in range(3)]
     with Interpreter() as kernel:
-        kernel.run(KERNEL)
+        kernel.run(WITH_SAME)
         for number, path in enumerate(paths[:2]):
             kernel.run(f"w{number} = nbcache.load({str(path)!r}, device='cuda', share='readonly')")
         with pytest.raises(RemoteError, match=rf"DeviceMemoryFull: GPU GPU-emulated-0 full: .*used by process {kernel.pid}"):
@@ -180,7 +161,7 @@ def test_a_full_gpu_says_who_holds_what(emulated, monkeypatch, tmp_path):
 def test_gpu_keep_zero_drops_a_slab_with_its_last_lease(emulated, monkeypatch, path):
     monkeypatch.setenv("NBCACHE_GPU_KEEP_S", "0")
     with Interpreter() as kernel:
-        kernel.run(KERNEL)
+        kernel.run(WITH_SAME)
         kernel.run(f"w = nbcache.load({str(path)!r}, device='cuda', share='readonly')")
         assert len(slabs()) == 1
         kernel.run("del w; gc.collect()")
@@ -190,7 +171,7 @@ def test_gpu_keep_zero_drops_a_slab_with_its_last_lease(emulated, monkeypatch, p
 def test_a_low_gpu_loses_its_idle_slabs(emulated, monkeypatch, path):
     monkeypatch.setenv("NBCACHE_GPU_LOW_WATERMARK", "2TB")
     with Interpreter() as kernel:
-        kernel.run(KERNEL)
+        kernel.run(WITH_SAME)
         kernel.run(f"w = nbcache.load({str(path)!r}, device='cuda', share='readonly')")
         assert len(slabs()) == 1
         kernel.run("del w; gc.collect()")
@@ -237,7 +218,7 @@ def test_a_filler_that_dies_is_replaced_by_who_waits(emulated, path):
     """I2, I3: two kernels want one slab; the first is killed while it fills; the second takes over."""
     with Interpreter() as first, Interpreter() as second:
         for kernel in (first, second):
-            kernel.run(KERNEL)
+            kernel.run(WITH_SAME)
         first.run(STOP_BEFORE_COMMIT)
         first.begin(f"w = nbcache.load({str(path)!r}, device='cuda', share='readonly')")
         eventually(lambda: _running() and [slab[2] for slab in slabs()] == ["filling"])
@@ -273,7 +254,7 @@ def test_eight_kernels_fill_one_slab(emulated, path, runtime_dir):
     try:
         for kernel in kernels:
             kernel.__enter__()
-            kernel.begin(KERNEL)
+            kernel.begin(WITH_SAME)
         for kernel in kernels:
             kernel.finish()
             kernel.begin(f"w = nbcache.load({str(path)!r}, device='cuda', share='readonly')")

@@ -26,17 +26,9 @@ from nbcache.manifest import Extent, Manifest, place_tensors
 from nbcache.memory.driver import Access
 from nbcache.protocol import messages as m
 from nbcache.protocol.wire import Channel, client_messages, daemon_messages
-from tests.behaviour.test_gpu_path import KERNEL
 from tests.support.checkpoints import write_checkpoint
 from tests.support.emulated import EmulatedDriver, EmulatedViews
 from tests.support.kernels import Interpreter
-
-
-@pytest.fixture
-def kernel(emulated):
-    with Interpreter() as kernel:
-        kernel.run(KERNEL)
-        yield kernel
 
 
 @pytest.fixture

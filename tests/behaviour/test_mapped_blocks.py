@@ -8,9 +8,7 @@ import signal
 import pytest
 
 import nbcache
-from tests.behaviour.test_gpu_path import KERNEL
 from tests.support.checkpoints import write_checkpoint
-from tests.support.kernels import Interpreter
 from tests.support.waiting import eventually
 
 COUNTING = """
@@ -42,10 +40,9 @@ SIZES = (*((19, 1 << 17),) * 6, (3, 1 << 17))
 
 
 @pytest.fixture
-def kernel(emulated):
-    with Interpreter() as kernel:
-        kernel.run(KERNEL + COUNTING)
-        yield kernel
+def kernel(kernel):
+    kernel.run(COUNTING)
+    return kernel
 
 
 @pytest.fixture
@@ -87,16 +84,15 @@ def test_what_the_daemon_evicts_is_unmapped_at_once_and_read_anew(kernel, path):
     assert kernel.run("len(mapped)") == 4
 
 
-def test_what_is_kept_mapped_gives_way_to_another_entry(emulated, path, tmp_path, monkeypatch):
+def test_what_is_kept_mapped_gives_way_to_another_entry(request, path, tmp_path, monkeypatch):
     """It is no lease: the daemon may have the memory for another entry, whose bytes nobody sees in place of the first's."""
-    monkeypatch.setenv("NBCACHE_HOST_LIMIT", str(100 << 20))
+    monkeypatch.setenv("NBCACHE_HOST_LIMIT", str(100 << 20))  # for the daemon that the kernel starts
+    kernel = request.getfixturevalue("kernel")
     other = write_checkpoint(tmp_path / "other.safetensors", sizes=SIZES, seed=1)
-    with Interpreter() as kernel:
-        kernel.run(KERNEL + COUNTING)
-        for _ in range(2):
-            loaded(kernel, path)
-            loaded(kernel, other)
-        eventually(lambda: host_maps(kernel) == 2)
+    for _ in range(2):
+        loaded(kernel, path)
+        loaded(kernel, other)
+    eventually(lambda: host_maps(kernel) == 2)
     assert [entry.name for entry in nbcache.status().entries if entry.host == "staged"] == [str(other)]
 
 

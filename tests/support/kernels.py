@@ -310,3 +310,17 @@ for _line in sys.stdin.buffer:
     replies.write(_reply + "\\n")
     replies.flush()
 """
+
+
+WITH_SAME = """
+import gc, json, os, torch, warnings
+import nbcache
+from safetensors.torch import load_file
+
+def same(weights, path, dtype=None):
+    stock = load_file(path)
+    cast = {n: t.to(dtype) if dtype and t.is_floating_point() else t for n, t in stock.items()}
+    alike = (torch.equal(weights[n], cast[n]) and weights[n].dtype == cast[n].dtype for n in cast)
+    return list(weights) == list(cast) and all(alike)
+"""
+"""What an interpreter runs that is to hold weights against their file: ``same(weights, path, dtype)``."""

@@ -13,15 +13,7 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 from nbcache.models import lean  # noqa: E402
-
-
-class Model(nn.Module):
-    def __init__(self, **kwargs):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(3, 4, **kwargs), nn.LayerNorm(4), nn.Conv2d(1, 2, 3), nn.Embedding(5, 6))
-        self.scalar = nn.Parameter(torch.tensor(2.0), requires_grad=False)
-        self.register_buffer("kept", torch.arange(3.0))
-        self.register_buffer("made", torch.arange(4.0), persistent=False)
+from tests.support.modules import Model  # noqa: E402
 
 
 def test_layers_are_made_without_memory_and_then_as_before():
