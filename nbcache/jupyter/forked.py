@@ -24,11 +24,16 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn, TextIO
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from nbcache.jupyter import handover, proof
+
+if TYPE_CHECKING:
+    from ipykernel.kernelbase import Kernel
 
 ABOVE = 200
 """Descriptors that are in the way are moved to numbers from here on."""
@@ -36,6 +41,8 @@ UNLIMITED_STACK_BYTES = 2 << 20
 """What glibc gives threads where the stack has no limit, on x86-64."""
 SIZE_OF_ATTRIBUTES = 128
 """Room for a ``pthread_attr_t``: 56 bytes on x86-64, 64 on Arm."""
+LEFT_OVER_S = 10.0
+"""How old a kernel may be and still get what was meant for the one before it: ZeroMQ holds that back for less than a second."""
 START_ERROR = 121
 """Exit status of a process that did not get as far as to be a kernel. Nobody sees it: the launcher starts an ordinary one."""
 
@@ -103,7 +110,7 @@ def live(job: socket.socket, prepare: Callable[[], None] | None, variables: Mapp
         os.environ.update(variables)
         forget_modules(anew)
         birth.watch()
-        _adapt_kernel(lambda: birth.tell(handover.SERVING))
+        _adapt_kernel(lambda: birth.tell(handover.SERVING), request.born)
     except Exception as error:  # noqa: BLE001 - told to the zygote
         birth.tell(handover.FAILED + f"{type(error).__name__}: {error}".encode(errors="replace"))
         traceback.print_exc()
@@ -217,15 +224,16 @@ def _open_stream(number: int, name: str, old: TextIO | None) -> TextIO:
     return stream
 
 
-def _adapt_kernel(tell: Callable[[], None]) -> None:
-    """Have the kernel that starts next call ``tell`` once it has opened its ports, and not look after its parent.
+def _adapt_kernel(tell: Callable[[], None], born: float) -> None:
+    """Prepare ipykernel for a kernel that was forked. The class is as it was once the kernel has started.
 
-    Its parent is not who started it, and ipykernel would end it as soon as the zygote is gone. That it was started by Jupyter,
-    it still knows. The class is as it was once the kernel has started.
+    The kernel that starts next calls ``tell`` once it has opened its ports, disregards requests to the one before it, and does
+    not look after its parent: that is not who started it, and ipykernel would end it as soon as the zygote is gone. That it was
+    started by Jupyter, it still knows.
     """
     from ipykernel.kernelapp import IPKernelApp
 
-    init_poller, init_heartbeat = IPKernelApp.init_poller, IPKernelApp.init_heartbeat
+    init_poller, init_heartbeat, init_kernel = IPKernelApp.init_poller, IPKernelApp.init_heartbeat, IPKernelApp.init_kernel
 
     def without_poller(self: IPKernelApp) -> None:
         IPKernelApp.init_poller = init_poller  # type: ignore[method-assign]
@@ -236,8 +244,32 @@ def _adapt_kernel(tell: Callable[[], None]) -> None:
         init_heartbeat(self)
         tell()
 
+    def disregarding(self: IPKernelApp) -> None:
+        IPKernelApp.init_kernel = init_kernel  # type: ignore[method-assign]
+        init_kernel(self)
+        disregard_older_requests(self.kernel, born)
+
     IPKernelApp.init_poller = without_poller  # type: ignore[method-assign]
     IPKernelApp.init_heartbeat = telling  # type: ignore[method-assign]
+    IPKernelApp.init_kernel = disregarding  # type: ignore[method-assign]
+
+
+def disregard_older_requests(kernel: Kernel, born: float) -> None:
+    """Have a kernel not obey a request to shut down that was made before ``born``, in seconds since 1970.
+
+    Where a kernel had died, or was interrupted before it could listen, jupyter_client's request reaches whoever opens the same
+    port within 100 ms of it; kernels that import first are too slow for that.
+    """
+    obey = kernel.control_handlers["shutdown_request"]
+
+    async def shutdown_request(stream: object, ident: object, parent: Mapping[str, Any]) -> None:
+        made = parent["header"].get("date")
+        if isinstance(made, datetime) and made.timestamp() < born and time.time() < born + LEFT_OVER_S:
+            kernel.log.info("Disregarded a request to shut down the kernel before this one.")
+            return
+        await obey(stream, ident, parent)
+
+    kernel.control_handlers["shutdown_request"] = shutdown_request
 
 
 def run_kernel() -> int:

@@ -17,6 +17,7 @@ import os
 import resource
 import socket
 import sys
+import time
 import zlib
 
 from nbcache import __version__
@@ -49,6 +50,7 @@ class Request:
 
     Attributes
     ----------
+    born : when the launcher was started, in seconds since 1970
     arguments : of the kernel, as after ``-m ipykernel_launcher``
     ignored : signals that are ignored from the start, as ``nohup`` does
     descriptors : the numbers of those that come with the request
@@ -57,6 +59,7 @@ class Request:
     def __init__(
         self,
         identity: bytes,
+        born: float,
         arguments: list[str],
         directory: str,
         environment: dict[bytes, bytes],
@@ -68,6 +71,7 @@ class Request:
         descriptors: list[int],
     ) -> None:
         self.identity = identity
+        self.born = born
         self.arguments = arguments
         self.directory = directory
         self.environment = environment
@@ -100,6 +104,7 @@ def describe(flags: list[str], arguments: list[str], descriptors: list[int], ign
     os.umask(mask)
     return Request(
         identity=identity(flags),
+        born=_birth(),
         arguments=arguments,
         directory=os.getcwd(),
         environment=dict(os.environb),
@@ -110,6 +115,15 @@ def describe(flags: list[str], arguments: list[str], descriptors: list[int], ign
         blocked=_signals("SigBlk"),
         descriptors=descriptors,
     )
+
+
+def _birth() -> float:
+    """When this process was started, in seconds since 1970: up to a tick of the system (10 ms) too late, never too early."""
+    with open("/proc/self/stat", "rb") as file:
+        ticks = int(file.read().rpartition(b")")[2].split()[19])
+    tick_s = 1 / os.sysconf("SC_CLK_TCK")
+    now = time.time()
+    return min(now, now - time.clock_gettime(time.CLOCK_BOOTTIME) + (ticks + 1) * tick_s)
 
 
 def _limits() -> list[int]:
