@@ -86,13 +86,25 @@ def load(
             autocompletion=completion.loadable,
         ),
     ],
+    component: Annotated[str, typer.Option("--component", metavar="A,B", help="Of a pipeline, these components alone.")] = "",
+    revision: Annotated[str, typer.Option("--revision", help="Of a hub id: the branch, tag or commit.")] = "",
+    variant: Annotated[str, typer.Option("--variant", help="The variant of the files, such as fp16.")] = "",
+    subfolder: Annotated[str, typer.Option("--subfolder", help="The folder in NAME to load.")] = "",
     pin: Annotated[bool, typer.Option("--pin", help="Keep it, however full the tier gets.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Read a checkpoint into the cache, so that the first notebook finds it there."""
     start = time.perf_counter()
     with Progress(short_name(name), find_screen(sys.stderr)) as progress:
-        staged = api.stage_all(name, pinned=pin, on_progress=progress)
+        staged = api.stage_all(
+            name,
+            pinned=pin,
+            on_progress=progress,
+            components=component,
+            revision=revision,
+            variant=variant,
+            subfolder=subfolder,
+        )
     progress.finish("")
     seconds = time.perf_counter() - start
     if as_json:

@@ -35,6 +35,9 @@ MAX_INDEX_BYTES = 100 << 20
 PREFERRED = ("model", "diffusion_pytorch_model", "pytorch_model")
 """Stems that a folder with several checkpoints is asked for first, as transformers and diffusers do."""
 
+INDEX_FIRST = ("diffusion_pytorch_model",)
+"""Stems of which diffusers takes the shards where there is a whole file too; of the others transformers takes the file."""
+
 _VARIANT_INDEX = re.compile(r"\.(safetensors|bin)\.index\.[\w-]+\.json$")
 """Of a variant, such as fp16: named explicitly, never found by itself."""
 _HUB_BLOB = re.compile(r"^([0-9a-f]{64}|[0-9a-f]{40})$")
@@ -181,8 +184,9 @@ def _choose_in(folder: str) -> str:
 
 def _choose_among(folder: str, names: Sequence[str], kind: Format) -> str:
     """The file of this format that a folder is loaded by, of those it holds; nothing if there is none."""
+    indices = {stem_of(name): name for name in names if name.endswith(kind.index_suffixes)}
     stems = {stem_of(name): name for name in names if not name.endswith(kind.index_suffixes) and not kind.is_shard(name)}
-    stems = {stem_of(name): name for name in names if name.endswith(kind.index_suffixes)} | stems
+    stems = indices | stems | {stem: name for stem, name in indices.items() if stem in INDEX_FIRST}
     if len(stems) == 1:
         return next(iter(stems.values()))
     for stem in PREFERRED:

@@ -13,14 +13,15 @@ from __future__ import annotations
 import enum
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from nbcache.errors import CheckpointIncomplete, CheckpointInvalid, CheckpointNotFound, CheckpointUnreadable
+from nbcache.errors import CheckpointIncomplete, CheckpointInvalid, CheckpointNotFound, CheckpointUnreadable, InvalidOption
+from nbcache.typos import did_you_mean
 
 PIPELINE_INDEX = "model_index.json"
 CONFIG = "config.json"
@@ -65,6 +66,18 @@ class PipelineIndex:
         """The folders of its components that have weights, those that are there, each once."""
         homes = dict.fromkeys(os.path.join(self.folder, component.name) for component in self.components)
         return [home for home in homes if kind_of(home) in (FolderKind.DIFFUSERS, FolderKind.TRANSFORMERS)]
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """InvalidOption for a component that the pipeline does not have."""
+        there = [component.name for component in self.components]
+        for name in names:
+            if name not in there:
+                raise InvalidOption(f"component {name!r}: {self.folder} has {', '.join(there)}{did_you_mean(name, there)}")
+
+
+def component_names(given: str | Sequence[str]) -> tuple[str, ...]:
+    """Names of components, from a text with commas between them or as they are."""
+    return tuple(part.strip() for part in given.split(",") if part.strip()) if isinstance(given, str) else tuple(given)
 
 
 def kind_of(path: str) -> FolderKind:

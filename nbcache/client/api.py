@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from nbcache.checkpoints import names as catalogue
-from nbcache.checkpoints.folders import FolderKind, kind_of, read_pipeline
+from nbcache.checkpoints.folders import FolderKind, PipelineIndex, component_names, kind_of, read_pipeline, weights_path
 from nbcache.client import spare
 from nbcache.client.fill import Grant, Wish, acquire, meaning_of, put_bytes, spellings
 from nbcache.client.notices import NoSharedGpuMemory, notify
 from nbcache.client.options import Options, Share
 from nbcache.client.session import ProgressCallback, Session, expect
 from nbcache.client.weights import Weights
-from nbcache.errors import DriverError, EntryInUse, EntryNotFound, UnsupportedFormat
+from nbcache.errors import DriverError, EntryInUse, EntryNotFound, InvalidOption, UnsupportedFormat
 from nbcache.manifest import MAX_MANIFEST_BYTES, Manifest, decode_manifest
 from nbcache.memory import driver
 from nbcache.memory.shared import read_sealed
@@ -202,13 +202,44 @@ def _each(name: str | os.PathLike[str], act: Callable[[tuple[str, ...]], m.Evict
     )
 
 
-def stage_all(name: str, pinned: bool = False, on_progress: ProgressCallback | None = None) -> list[tuple[m.EntryStatus, bool]]:
-    """As :func:`stage`, for each checkpoint that a name means: those of a pipeline's components, else one."""
+def stage_all(
+    name: str,
+    pinned: bool = False,
+    on_progress: ProgressCallback | None = None,
+    *,
+    components: str | Sequence[str] = (),
+    revision: str = "",
+    variant: str = "",
+    subfolder: str = "",
+) -> list[tuple[m.EntryStatus, bool]]:
+    """As :func:`stage`, for each checkpoint that a name means: those of a pipeline's components (or of these), else one.
+
+    The other options are those of :func:`load`. InvalidOption for a component that the pipeline lacks, or that has no weights.
+    """
+    chosen = component_names(components)
     text, meaning = meaning_of(name)
-    path = catalogue.find(text) if meaning.repo_id else meaning.path
-    if kind_of(path) is not FolderKind.PIPELINE:
-        return [stage(name, pinned, on_progress)]
-    return [stage(home, pinned, on_progress) for home in read_pipeline(path).model_homes()]
+    is_special = bool(revision or variant or subfolder)
+    path = catalogue.find(text, revision, subfolder, variant) if meaning.repo_id or is_special else meaning.path
+    kind = kind_of(path)
+    if kind is FolderKind.PIPELINE:
+        homes = _chosen_homes(read_pipeline(path), chosen)
+        return [stage(weights_path(home, variant) if variant else home, pinned, on_progress) for home in homes]
+    if chosen:
+        raise InvalidOption(f"{name}: holds {kind.value}, not a pipeline: it has no components to choose from")
+    if is_special:
+        name = weights_path(path, variant) if variant and os.path.isdir(path) else path
+    return [stage(name, pinned, on_progress)]
+
+
+def _chosen_homes(index: PipelineIndex, names: Sequence[str]) -> list[str]:
+    """The folders with weights of a pipeline's components, of all or of these."""
+    index.check_names(names)
+    there = index.model_homes()
+    chosen = [os.path.join(index.folder, name) for name in names]
+    for name, home in zip(names, chosen, strict=True):
+        if home not in there:
+            raise InvalidOption(f"component {name!r}: {home} has no weights to cache")
+    return chosen or there
 
 
 def stage(name: str, pinned: bool = False, on_progress: ProgressCallback | None = None) -> tuple[m.EntryStatus, bool]:

@@ -56,8 +56,7 @@ def probe_driver() -> DriverProbe:
     steps.append(Feature(DEVICES, bool(gpus), f"{len(gpus)} visible"))
     for gpu in gpus:
         steps += _gpu_steps(driver, gpu.uuid)
-    if gpus:
-        _try(steps, PINNED, lambda: _make_block(driver))
+    if gpus and _try(steps, PINNED, lambda: _make_block(driver)):
         _try(steps, CUPY, lambda: _make_array(driver))
     return DriverProbe(tuple(steps), gpus)
 

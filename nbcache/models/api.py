@@ -120,6 +120,7 @@ def assemble_name(
     **options: Any,  # noqa: ANN401
 ) -> Assembled:
     """As :func:`load_model`, with what it is made of and where the time went."""
+    from nbcache.checkpoints.folders import component_names
     from nbcache.checkpoints.names import find, find_config
     from nbcache.client.fill import meaning_of
 
@@ -132,8 +133,8 @@ def assemble_name(
     from nbcache.models.supply import Supply, one_dtype
 
     imports_s = time.perf_counter() - start
-    if isinstance(components, str):
-        components = tuple(part.strip() for part in components.split(",") if part.strip())
     supply = Supply(device, one_dtype(dtype, torch_dtype), share, on_progress)
     supply.clock.spent.imports_s = imports_s
-    return assemble(folder, Request(tuple(components), raw, variant, model_class, config_folder, options, known_as), supply)
+    return assemble(
+        folder, Request(component_names(components), raw, variant, model_class, config_folder, options, known_as), supply
+    )

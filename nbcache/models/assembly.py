@@ -104,7 +104,7 @@ def _assemble_model(folder: str, kind: FolderKind, request: Request, supply: Sup
 
 
 def _assemble_pipeline(index: PipelineIndex, request: Request, supply: Supply) -> tuple[Any, str]:
-    pipelines.check_names(index, request.components)
+    index.check_names(request.components)
     if not request.raw and not request.components:
         pipeline = pipelines.assemble(index, supply, request.variant, dict(request.options or {}), request.model_class)
         if request.known_as:

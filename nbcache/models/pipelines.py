@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from nbcache.errors import CheckpointError, CheckpointIncomplete, InvalidOption,
 from nbcache.models import diffusers, transformers
 from nbcache.models.packages import class_of, dtype_word, quiet, require
 from nbcache.models.supply import Supply
-from nbcache.typos import did_you_mean
 
 WHAT = "loading a diffusers pipeline"
 FOREIGN = "is of a class of its own"
@@ -171,14 +170,6 @@ def load_other(index: PipelineIndex, name: str) -> Any:  # noqa: ANN401
     if cls is None:
         raise InvalidOption(f"{index.folder}: component {name} is of {component.library}, which nbcache does not load")
     return cls.from_pretrained(index.home(name))
-
-
-def check_names(index: PipelineIndex, names: Iterable[str]) -> None:
-    """InvalidOption for a component that the pipeline does not have."""
-    there = [component.name for component in index.components]
-    for name in names:
-        if name not in there:
-            raise InvalidOption(f"component {name!r}: {index.folder} has {', '.join(there)}{did_you_mean(name, there)}")
 
 
 def is_plain(folder: str) -> bool:

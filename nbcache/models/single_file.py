@@ -162,7 +162,7 @@ def _assemble_pipeline(
     original: Original, index: PipelineIndex, chosen: type[Any] | None, wanted: Parts, supply: Supply
 ) -> Any:  # noqa: ANN401
     library = require("diffusers", WHAT)
-    pipelines.check_names(index, wanted.components)
+    index.check_names(wanted.components)
     with supply.clock.imports():
         pipeline_class = chosen or class_of(library, index.class_name, index.folder)
         classes = pipelines.model_components(index)

@@ -386,6 +386,7 @@ def test_a_gpu_driver_that_refuses(runtime_dir, tmp_path, failure):
         assert findings[subject]["state"] == "warning"
         assert words in findings[subject]["message"]
     assert findings["cuInit"]["state"] == findings["NVML, GPU 0"]["state"] == "ok"
+    assert ("CuPy" in findings) is (findings["fd export of pinned memory"]["state"] == "ok"), "else it has nothing to stand on"
 
 
 def test_a_gpu_driver_that_does_all(runtime_dir):

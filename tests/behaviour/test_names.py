@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -17,12 +18,14 @@ from nbcache.checkpoints import hub as hub_room
 from nbcache.errors import (
     CheckpointIncomplete,
     CheckpointNotFound,
+    DaemonUnavailable,
     EntryNotFound,
     HubUnreachable,
     InvalidName,
     InvalidOption,
     UnsupportedFormat,
 )
+from tests.behaviour.test_cli import cli
 from tests.parity.harness import library_noise
 from tests.support.checkpoints import write_checkpoint
 from tests.support.hub import COMMIT, hub
@@ -204,6 +207,46 @@ def test_a_variant(cache, pipeline, tmp_path):
     assert nbcache.load(folder / "vae", device="cpu", variant="fp16")["decoder.conv_in.bias"].dtype == torch.float16
     del pipe
     assert len(nbcache.evict(folder / "vae").names) == 1
+
+
+def test_staged_ahead_as_it_will_be_loaded(cache, pipeline, tmp_path):
+    """What the command line was told to read is what a load with the same words finds."""
+    folder = put_into_cache(cache, "org/dev", pipeline, ref="v2")
+    half = {name: tensor.half() for name, tensor in load_file(pipeline / T5).items()}
+    save_file(half, folder / "text_encoder_2" / "model.fp16.safetensors", metadata={"format": "pt"})
+
+    def staged(*words: str) -> list[str]:
+        answer = json.loads(cli("load", "org/dev", "--revision", "v2", "--json", *words))
+        entries = answer if isinstance(answer, list) else [answer]
+        assert not any(entry["hit"] for entry in entries)
+        assert all(entry["pinned"] for entry in entries) is ("--pin" in words)
+        return [Path(entry["name"]).relative_to(folder).as_posix() for entry in entries]
+
+    assert staged("--component", "vae") == ["vae"]
+    assert staged("--component", "text_encoder_2, text_encoder", "--variant", "fp16", "--pin") == [
+        "text_encoder_2/model.fp16.safetensors",
+        "text_encoder",
+    ]
+    assert staged("--subfolder", "transformer") == ["transformer"]
+    assert nbcache.load("org/dev", device="cpu", revision="v2", subfolder="text_encoder_2", variant="fp16").hit
+    nbcache.load_model("org/dev", device="cpu", revision="v2", variant="fp16")
+    assert len(cached_names()) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--component", "vea"], "component 'vea': .* did you mean vae?"),
+        (["--component", "tokenizer"], "component 'tokenizer': .*/tokenizer has no weights to cache"),
+        (["--component", "vae", "--subfolder", "vae"], "holds a diffusers model, not a pipeline"),
+        (["--revision", "v2"], "no repository of the hub"),
+        (["--subfolder", "unet"], "no such file or folder"),
+    ],
+)
+def test_what_cannot_be_staged_ahead(cache, pipeline, words, message):
+    assert re.search(message, cli("load", str(pipeline), *words, code=1))
+    with pytest.raises(DaemonUnavailable):
+        nbcache.status()
 
 
 def test_a_variant_in_shards(runtime_dir, pipeline, tmp_path):

@@ -173,6 +173,11 @@ def test_a_folder_with_several_checkpoints_asks_which(tmp_path):
         (["a-00001-of-00002.gguf", "a-00002-of-00002.gguf"], "a-00001-of-00002.gguf"),
         (["pytorch_model.bin", "a.gguf"], "pytorch_model.bin"),
         (["anything.safetensors", "pytorch_model.bin"], "anything.safetensors"),
+        (["model.safetensors", "model.safetensors.index.json"], "model.safetensors"),  # as transformers does
+        (
+            ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"],
+            "diffusion_pytorch_model.safetensors.index.json",  # as diffusers does
+        ),
     ],
 )
 def test_a_folder_is_asked_for_one_format_after_the_other(tmp_path, names, chosen):
