@@ -108,8 +108,14 @@ def test_the_gpus_that_a_kernel_is_to_see(environment, specs):
 
 
 @pytest.mark.alone
-def test_standby_has_a_context_already_and_gives_way_to_other_gpus(environment, specs, monkeypatch):
-    monkeypatch.setenv("NBCACHE_STANDBY", "cuda")
+@pytest.mark.parametrize("by", ["the environment", "a file"])
+def test_standby_has_a_context_already_and_gives_way_to_other_gpus(environment, specs, monkeypatch, tmp_path, by):
+    if by == "a file":
+        monkeypatch.setenv("JUPYTER_CONFIG_DIR", str(tmp_path / "config"))
+        (tmp_path / "config").mkdir()
+        (tmp_path / "config" / "jupyter_nbcache_config.py").write_text("c.NBCache.standby = 'cuda'")
+    else:
+        monkeypatch.setenv("NBCACHE_STANDBY", "cuda")
     start_zygote(specs)
     before = free_bytes()
     waiting = psutil.Process(zygote().pid).children()[0].pid
