@@ -170,6 +170,7 @@ INNER_RANKS: dict[str, dict[str, int]] = {
         "kernelspec": 2,
         "commands": 4,
         "proof": 3,
+        "peers": 0,
         "forked": 4,
         "supervision": 5,
         "visitor": 6,

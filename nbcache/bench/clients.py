@@ -1,7 +1,7 @@
 """Ways to drive a kernel as people's programs do: jupyter_client's manager, and a Jupyter server's REST and websocket.
 
 Each starts a kernel of a spec, restarts it, and runs cells in it. A cell says what it found in the variable ``answer``, which
-comes back with its reply: what is only printed may be missed by who has just connected.
+comes back with its reply; it is done once what it shows has come too, as for somebody who looks at a notebook.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Client(Protocol):
         """Interrupt it."""
 
     async def run(self, code: str) -> Any:  # noqa: ANN401
-        """Run a cell, and return its ``answer``. BenchmarkFailed if it raised."""
+        """Run a cell, and return its ``answer`` once all that it shows is here. BenchmarkFailed if it raised."""
 
     async def close(self) -> None:
         """End the kernel, and give everything back."""
@@ -56,6 +56,12 @@ def answer_of(content: Mapping[str, Any]) -> Any:  # noqa: ANN401
         return ast.literal_eval(answer["data"]["text/plain"])
     except (KeyError, ValueError, SyntaxError) as error:
         raise BenchmarkFailed(f"a cell answered {answer}") from error
+
+
+def is_end_of(message: Mapping[str, Any], request: str) -> bool:
+    """Whether a message says that a cell is done, and all that it shows was sent."""
+    header, is_its = message["header"], message["parent_header"].get("msg_id") == request
+    return is_its and header["msg_type"] == "status" and bool(message["content"]["execution_state"] == "idle")
 
 
 class ManagerClient:
@@ -94,10 +100,15 @@ class ManagerClient:
     async def run(self, code: str) -> Any:  # noqa: ANN401
         """Run a cell, and return its ``answer``."""
         request = self._client.execute(code, user_expressions=EXPRESSIONS)
-        while True:
-            message = await asyncio.wait_for(self._client.get_shell_msg(), CELL_TIMEOUT_S)
-            if message["parent_header"].get("msg_id") == request:
-                return answer_of(message["content"])
+        async with asyncio.timeout(CELL_TIMEOUT_S):
+            while True:
+                message = await self._client.get_shell_msg()
+                if message["parent_header"].get("msg_id") == request:
+                    break
+            answer = answer_of(message["content"])
+            while not is_end_of(await self._client.get_iopub_msg(), request):
+                pass
+        return answer
 
     async def close(self) -> None:
         """End the kernel, and the sockets."""
@@ -170,7 +181,7 @@ class RestClient:
         return json.loads(response.body) if response.body else None
 
     async def restart(self) -> None:
-        """Restart it, as the Kernel menu does. The server answers once the new kernel does."""
+        """Restart it, as the Kernel menu does. The server answers once it has started the new one."""
         await self.ask("POST", f"kernels/{self.kernel}/restart")
 
     async def interrupt(self) -> None:
@@ -180,10 +191,14 @@ class RestClient:
     async def run(self, code: str) -> Any:  # noqa: ANN401
         """Run a cell, and return its ``answer``."""
         request = await self.send(code)
-        while True:
+        replies: list[Any] = []
+        is_done = False
+        while not (replies and is_done):  # in whichever order
             message = await self.receive()
             if message["parent_header"].get("msg_id") == request and message["header"]["msg_type"] == "execute_reply":
-                return answer_of(message["content"])
+                replies.append(answer_of(message["content"]))
+            is_done |= is_end_of(message, request)
+        return replies[0]
 
     async def send(self, code: str) -> str:
         """Send a cell, and do not wait for it."""

@@ -24,16 +24,12 @@ import socket
 import sys
 import tempfile
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from datetime import datetime
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from nbcache.jupyter import handover, proof
-
-if TYPE_CHECKING:
-    from ipykernel.kernelbase import Kernel
+from nbcache.jupyter.peers import Peers
 
 ABOVE = 200
 """Descriptors that are in the way are moved to numbers from here on."""
@@ -41,8 +37,6 @@ UNLIMITED_STACK_BYTES = 2 << 20
 """What glibc gives threads where the stack has no limit, on x86-64."""
 SIZE_OF_ATTRIBUTES = 128
 """Room for a ``pthread_attr_t``: 56 bytes on x86-64, 64 on Arm."""
-LEFT_OVER_S = 10.0
-"""How old a kernel may be and still get what was meant for the one before it: ZeroMQ holds that back for less than a second."""
 START_ERROR = 121
 """Exit status of a process that did not get as far as to be a kernel. Nobody sees it: the launcher starts an ordinary one."""
 
@@ -227,49 +221,34 @@ def _open_stream(number: int, name: str, old: TextIO | None) -> TextIO:
 def _adapt_kernel(tell: Callable[[], None], born: float) -> None:
     """Prepare ipykernel for a kernel that was forked. The class is as it was once the kernel has started.
 
-    The kernel that starts next calls ``tell`` once it has opened its ports, disregards requests to the one before it, and does
-    not look after its parent: that is not who started it, and ipykernel would end it as soon as the zygote is gone. That it was
-    started by Jupyter, it still knows.
+    The kernel that starts next calls ``tell`` once it has opened its ports, minds its :class:`Peers`, and does not look after
+    its parent: that is not who started it, and ipykernel would end it as soon as the zygote is gone. That it was started by
+    Jupyter, it still knows.
     """
     from ipykernel.kernelapp import IPKernelApp
 
-    init_poller, init_heartbeat, init_kernel = IPKernelApp.init_poller, IPKernelApp.init_heartbeat, IPKernelApp.init_kernel
+    init_poller, peers = IPKernelApp.init_poller, Peers(born)
 
     def without_poller(self: IPKernelApp) -> None:
         IPKernelApp.init_poller = init_poller  # type: ignore[method-assign]
         self.parent_handle = int(os.environ.get("JPY_PARENT_PID") or 0)
 
-    def telling(self: IPKernelApp) -> None:
-        IPKernelApp.init_heartbeat = init_heartbeat  # type: ignore[method-assign]
-        init_heartbeat(self)
-        tell()
-
-    def disregarding(self: IPKernelApp) -> None:
-        IPKernelApp.init_kernel = init_kernel  # type: ignore[method-assign]
-        init_kernel(self)
-        disregard_older_requests(self.kernel, born)
-
     IPKernelApp.init_poller = without_poller  # type: ignore[method-assign]
-    IPKernelApp.init_heartbeat = telling  # type: ignore[method-assign]
-    IPKernelApp.init_kernel = disregarding  # type: ignore[method-assign]
+    _after_next(IPKernelApp, "init_iopub", lambda app: peers.hold_back(app.iopub_thread))
+    _after_next(IPKernelApp, "init_heartbeat", lambda app: tell())
+    _after_next(IPKernelApp, "init_kernel", lambda app: peers.mind(app.kernel))
 
 
-def disregard_older_requests(kernel: Kernel, born: float) -> None:
-    """Have a kernel not obey a request to shut down that was made before ``born``, in seconds since 1970.
+def _after_next(cls: type[Any], name: str, then: Callable[[Any], None]) -> None:
+    """Have the next call of a class's method be followed by something. The class is as it was from that call on."""
+    stock = getattr(cls, name)
 
-    Where a kernel had died, or was interrupted before it could listen, jupyter_client's request reaches whoever opens the same
-    port within 100 ms of it; kernels that import first are too slow for that.
-    """
-    obey = kernel.control_handlers["shutdown_request"]
+    def once(self: object, *arguments: object) -> None:
+        setattr(cls, name, stock)
+        stock(self, *arguments)
+        then(self)
 
-    async def shutdown_request(stream: object, ident: object, parent: Mapping[str, Any]) -> None:
-        made = parent["header"].get("date")
-        if isinstance(made, datetime) and made.timestamp() < born and time.time() < born + LEFT_OVER_S:
-            kernel.log.info("Disregarded a request to shut down the kernel before this one.")
-            return
-        await obey(stream, ident, parent)
-
-    kernel.control_handlers["shutdown_request"] = shutdown_request
+    setattr(cls, name, once)
 
 
 def run_kernel() -> int:

@@ -122,8 +122,9 @@ def _birth() -> float:
     with open("/proc/self/stat", "rb") as file:
         ticks = int(file.read().rpartition(b")")[2].split()[19])
     tick_s = 1 / os.sysconf("SC_CLK_TCK")
+    since_boot_s = time.clock_gettime(time.CLOCK_BOOTTIME)  # first: what comes between the two makes it late, not early
     now = time.time()
-    return min(now, now - time.clock_gettime(time.CLOCK_BOOTTIME) + (ticks + 1) * tick_s)
+    return min(now, now - since_boot_s + (ticks + 1) * tick_s)
 
 
 def _limits() -> list[int]:

@@ -154,8 +154,10 @@ class Nursery:
         """Accept a request, or refuse it. Nothing is started yet."""
         visitor.received = received
         try:
-            request = handover.read_request(received[0])
-            reason = self._objection(request)
+            reason = self._staleness()
+            if not reason:
+                request = handover.read_request(received[0])
+                reason = self._objection(request)
             if not reason:
                 visitor.request = request
                 received.insert(1, os.pidfd_open(visitor.peer()))
@@ -166,13 +168,18 @@ class Nursery:
             log(f"refused a kernel: {reason}")
             visitor.drop_received()
 
+    def _staleness(self) -> str:
+        """Why no kernel may be forked any more; empty if one may. A request is read after that: it may be of newer code."""
+        path = self._snapshot.changed()
+        if not path:
+            return ""
+        self.stop_listening(f"{path} has changed")
+        return f"{path} has changed"
+
     def _objection(self, request: handover.Request) -> str:
         """Why no kernel may be forked for a request; empty if one may."""
         if request.identity != self._identity:
             return "another environment"
-        if path := self._snapshot.changed():
-            self.stop_listening(f"{path} has changed")
-            return f"{path} has changed"
         if path := shadowed([request.directory, *self._user_folders], self._ahead):
             return f"{path} comes before an installed module of that name"
         return ""

@@ -10,7 +10,6 @@ import resource
 import signal
 import subprocess
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -103,39 +102,6 @@ def test_two_restarts_within_a_second(kernel):
         kernel._runner.run(twice())
         assert kernel.run("6 * 7") == "42"
         assert is_gone(pid)
-
-
-def test_a_restart_of_a_kernel_that_has_died(kernel):
-    """Nobody is there to be asked to shut down; the request must not reach the next kernel, which opens the same ports."""
-
-    async def restart() -> None:
-        await kernel._kernel.restart_kernel()
-        await kernel._connect()
-
-    for _ in range(5):
-        kernel._process.kill()
-        kernel._runner.run(restart())
-        assert is_forked(kernel)
-        assert kernel.run("6 * 7") == "42"
-
-
-def test_a_request_to_shut_down_made_before_the_kernel_was(kernel):
-    def ask(age_s: float) -> None:
-        request = session.msg("shutdown_request", {"restart": True})
-        request["header"]["date"] -= timedelta(seconds=age_s)
-        session.send(client.control_channel.socket, request)
-
-    client, session, process = kernel._client, kernel._client.session, kernel._process
-    kernel.run("import logging; lines = []; get_ipython().kernel.log.setLevel('INFO')")
-    kernel.run(
-        "class Lines(logging.Handler):\n    def emit(self, record): lines.append(record.getMessage())\n"
-        "get_ipython().kernel.log.addHandler(Lines())"
-    )
-    ask(age_s=60)
-    eventually(lambda: "Disregarded" in kernel.run("lines"))
-    assert process.poll() is None
-    ask(age_s=0)
-    assert process.wait(20) == 0
 
 
 @pytest.mark.parametrize(
