@@ -171,6 +171,7 @@ INNER_RANKS: dict[str, dict[str, int]] = {
         "commands": 4,
         "proof": 3,
         "peers": 0,
+        "traces": 0,
         "forked": 4,
         "supervision": 5,
         "visitor": 6,

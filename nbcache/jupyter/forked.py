@@ -28,7 +28,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, TextIO
 
-from nbcache.jupyter import handover, proof
+from nbcache.jupyter import handover, proof, traces
 from nbcache.jupyter.peers import Peers
 
 ABOVE = 200
@@ -94,7 +94,7 @@ def live(job: socket.socket, prepare: Callable[[], None] | None, variables: Mapp
     ``variables`` are those that a kernel's own modules set in its environment when they are imported; ``anew`` the modules that
     it is to import itself, if it wants them.
     """
-    birth = Birth(job)
+    birth, writers = Birth(job), traces.Writers()
     try:
         if prepare is not None:
             prepare()
@@ -104,7 +104,7 @@ def live(job: socket.socket, prepare: Callable[[], None] | None, variables: Mapp
         os.environ.update(variables)
         forget_modules(anew)
         birth.watch()
-        _adapt_kernel(lambda: birth.tell(handover.SERVING), request.born)
+        _adapt_kernel(lambda: birth.tell(handover.SERVING), request.born, writers)
     except Exception as error:  # noqa: BLE001 - told to the zygote
         birth.tell(handover.FAILED + f"{type(error).__name__}: {error}".encode(errors="replace"))
         traceback.print_exc()
@@ -182,6 +182,8 @@ def begin_anew(request: handover.Request) -> None:
             module.__dict__["ORIGINAL_DIR"] = request.directory
             module.current_process().authkey = os.urandom(32)
     proof.reseed()
+    traces.begin_logging_anew()
+    traces.keep_filters_to_oneself()
 
 
 def forget_modules(names: Iterable[str]) -> None:
@@ -218,12 +220,12 @@ def _open_stream(number: int, name: str, old: TextIO | None) -> TextIO:
     return stream
 
 
-def _adapt_kernel(tell: Callable[[], None], born: float) -> None:
+def _adapt_kernel(tell: Callable[[], None], born: float, writers: traces.Writers) -> None:
     """Prepare ipykernel for a kernel that was forked. The class is as it was once the kernel has started.
 
     The kernel that starts next calls ``tell`` once it has opened its ports, minds its :class:`Peers`, and does not look after
     its parent: that is not who started it, and ipykernel would end it as soon as the zygote is gone. That it was started by
-    Jupyter, it still knows.
+    Jupyter, it still knows. ``writers`` are those to the zygote's streams.
     """
     from ipykernel.kernelapp import IPKernelApp
 
@@ -236,6 +238,7 @@ def _adapt_kernel(tell: Callable[[], None], born: float) -> None:
     IPKernelApp.init_poller = without_poller  # type: ignore[method-assign]
     _after_next(IPKernelApp, "init_iopub", lambda app: peers.hold_back(app.iopub_thread))
     _after_next(IPKernelApp, "init_heartbeat", lambda app: tell())
+    _after_next(IPKernelApp, "init_io", lambda app: writers.hand_over())
     _after_next(IPKernelApp, "init_kernel", lambda app: peers.mind(app.kernel))
 
 

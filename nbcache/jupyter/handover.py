@@ -29,13 +29,18 @@ OWN_FLAGS = ("-I", "-P", "-S")
 """What kernelspecs put before the launcher for its own sake; the kernel's interpreter does not get it."""
 
 READ_AT_IMPORT = (
-    "PYTHON", "LD_", "LC_", "LANG", "TORCH", "PYTORCH_", "HF_", "HUGGING", "TRANSFORMERS_", "DIFFUSERS_", "ACCELERATE_",
-    "TOKENIZERS_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "GOTO_", "BLIS_", "NUMEXPR_", "NUMBA_", "NPY_", "NUMPY_",
-    "MPL", "CUDA_", "NVIDIA_", "CUPY_", "NCCL_", "TRITON_", "XFORMERS_", "BNB_", "BITSANDBYTES_", "TF_", "JAX_", "XLA_", "USE_",
-    "GLIBC_", "MALLOC_", "XDG_CACHE", "XDG_CONFIG", "XDG_DATA", "CONDA_", "VIRTUAL_ENV",
+    "PYTHON", "LD_", "LC_", "LANG", "TORCH", "PYTORCH_", "AOT_", "INDUCTOR_", "HF_", "HUGGING", "TRANSFORMERS_", "DIFFUSERS_",
+    "ACCELERATE_", "TOKENIZERS_", "DATASETS_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "GOTO_", "BLIS_", "NUMEXPR_",
+    "NUMBA_", "NPY_", "NUMPY_", "SCIPY_", "SKLEARN_", "PANDAS_", "SYMPY_", "JOBLIB_", "LOKY_", "DASK_", "FSSPEC_", "MPL",
+    "MATPLOTLIB", "PILLOW_", "TQDM_", "JUPYTER_WIDGETS_", "CUDA_", "NVIDIA_", "CUPY_", "NCCL_", "TRITON_", "XFORMERS_", "BNB_",
+    "BITSANDBYTES_", "TF_", "JAX_", "XLA_", "KERAS_", "USE_", "PROTOCOL_BUFFERS_", "GLIBC_", "MALLOC_", "XDG_CACHE",
+    "XDG_CONFIG", "XDG_DATA", "CONDA_", "VIRTUAL_ENV",
 )  # fmt: skip
 """Beginnings of the names of variables that libraries read when they are imported."""
-READ_AT_IMPORT_TOO = ("HOME", "USER", "LOGNAME", "PATH", "TZ", "TZDIR", "TMPDIR", "DEBUGPY_LOG_DIR")
+READ_AT_IMPORT_TOO = (
+    "HOME", "USER", "LOGNAME", "PATH", "TZ", "TZDIR", "TMPDIR", "TMP", "TEMP", "DEBUGPY_LOG_DIR", "DISABLE_TELEMETRY",
+    "DO_NOT_TRACK",
+)  # fmt: skip
 NOT_AT_IMPORT = ("CUDA_VISIBLE_DEVICES",)
 """Read when the GPU is first used, which a zygote never does."""
 SETTINGS = ("NBCACHE_PRELOAD", "NBCACHE_STANDBY", "NBCACHE_ZYGOTE_IDLE_S")

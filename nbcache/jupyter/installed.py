@@ -15,7 +15,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from nbcache.jupyter.deferred import DeferredLoader
+from nbcache.jupyter.deferred import DeferredLoader, is_deferred
 
 OWN = "nbcache"
 """Imported from wherever it is: whoever runs it has it installed, or works on it."""
@@ -85,6 +85,28 @@ def _holds_distributions(folder: str) -> bool:
 def is_below(path: str, folders: Iterable[str]) -> bool:
     """Whether a file lies in one of the folders."""
     return path.startswith(tuple(folder.rstrip("/") + "/" for folder in folders))
+
+
+CONFIGURED_HERE = {"matplotlib": "matplotlibrc", "numba": ".numba_config.yaml"}
+"""What packages read when they are imported, if it is in the directory that they are imported in."""
+
+
+def configured_in(directory: str) -> str:
+    """The file in a directory that one of the packages imported here would have read there; empty if there is none."""
+    files = (file for package, file in CONFIGURED_HERE.items() if _is_imported(package))
+    return next((path for file in files if os.path.exists(path := os.path.join(directory, file))), "")
+
+
+def _is_imported(package: str) -> bool:
+    return package in sys.modules and not is_deferred(sys.modules[package])
+
+
+def configuration_files() -> list[str]:
+    """Where matplotlib, if it is imported, has looked for what the user sets: it and whether it is there may change."""
+    if not _is_imported("matplotlib"):
+        return []
+    folder = sys.modules["matplotlib"].get_configdir()
+    return [os.path.join(folder, name) for name in ("matplotlibrc", "stylelib")]
 
 
 class Snapshot:

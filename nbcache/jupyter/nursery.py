@@ -19,7 +19,7 @@ from collections.abc import Callable
 from nbcache import settings
 from nbcache.jupyter import handover
 from nbcache.jupyter.experience import by_package
-from nbcache.jupyter.installed import Snapshot, installed_folders, shadowed
+from nbcache.jupyter.installed import Snapshot, configuration_files, configured_in, installed_folders, shadowed
 from nbcache.jupyter.preload import Preloaded
 from nbcache.jupyter.supervision import Child, fork_child
 from nbcache.jupyter.visitor import Visitor
@@ -53,7 +53,7 @@ class Nursery:
         self._preloaded = preloaded
         self._ahead = preloaded.ahead()
         self._user_folders = _user_folders()
-        self._snapshot = Snapshot(settings.files())
+        self._snapshot = Snapshot([*settings.files(), *configuration_files()])
         self._idle_s = idle_s
         self._prepare = prepare
         self._tick = tick
@@ -182,6 +182,8 @@ class Nursery:
             return "another environment"
         if path := shadowed([request.directory, *self._user_folders], self._ahead):
             return f"{path} comes before an installed module of that name"
+        if path := configured_in(request.directory):
+            return f"{path} is for a package that was imported elsewhere"
         return ""
 
     def _part_with(self, visitor: Visitor) -> None:

@@ -24,6 +24,7 @@ from typing import Self
 
 from nbcache.jupyter.experience import SLOW_S, Experience, by_package
 from nbcache.jupyter.installed import InstalledOnly, installed_folders, mapped_math_libraries, top_level
+from nbcache.jupyter.traces import noting_folders, noting_generators
 
 KERNEL_MODULES = (
     "ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "ipykernel.debugger", "ipykernel.pickleutil",
@@ -101,7 +102,7 @@ def preload(
     """
     watch = _Watch(deferred)
     done, before = Preloaded(), dict(os.environ)
-    with watch, asking_for_the_shell(done.shell_askers):
+    with watch, asking_for_the_shell(done.shell_askers), noting_generators():
         for name in KERNEL_MODULES:
             _import_kernel_module(name)
         watch.begin()
@@ -215,15 +216,21 @@ class _Watch:
         """Import a module; the seconds it took, None if it cannot be imported. Broken if forks would not survive it."""
         threads, known = self._threads, len(sys.modules)
         self._found, self._rises = name.partition(".")[0], []
+        folders: list[str] = []
         start = time.perf_counter()
         try:
-            importlib.import_module(name)
+            with noting_folders(folders):
+                importlib.import_module(name)
             imported = True
         except (Exception, SystemExit, KeyboardInterrupt):  # noqa: BLE001 - it will fail in the kernel too, and be told there
             imported = False
         seconds = time.perf_counter() - start
         self._look("")
-        if reason := self._trouble(threads):
+        reason = self._trouble(threads)
+        if not reason and (left := [folder for folder in folders if os.path.exists(folder)]):
+            reason = f"makes a temporary directory when it is imported: {left[0]}"
+            _remove_empty(left)
+        if reason:
             raise Broken(name, reason, self._suspects(known))
         return seconds if imported else None
 
@@ -252,6 +259,12 @@ class _Watch:
         fresh = top_level(modules[known:]) - top_level(modules[:known])
         order = [*self._rises, *(name.partition(".")[0] for name in reversed(modules[known:]))]
         return [name for name in dict.fromkeys(order) if name in fresh]
+
+
+def _remove_empty(folders: Sequence[str]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            Path(folder).rmdir()
 
 
 def _thread_count() -> int:

@@ -17,6 +17,7 @@ import warnings
 from typing import Any, NoReturn
 
 from nbcache.jupyter.preload import NVML_CHECK
+from nbcache.jupyter.traces import reseed_generators
 
 PROBE_TIMEOUT_S = 60.0
 NOT_AFTER_A_FORK = 3
@@ -89,8 +90,9 @@ def _driver_status() -> int:
 
 
 def reseed() -> None:
-    """Give a forked process random numbers of its own, as fresh ones have: ``random``, NumPy's global generator, torch's."""
+    """Give a forked process random numbers of its own, as fresh ones have: ``random``'s, NumPy's global generator, torch's."""
     random.seed()
+    reseed_generators()
     if (numpy := sys.modules.get("numpy.random")) is not None:
         numpy.seed()
     if "torch" in sys.modules:

@@ -27,7 +27,10 @@ from tests.support.waiting import eventually
 from tests.support.zygotes import is_forked, processes_of, start_zygote, write_specs, zygote, zygote_environment
 
 SLEEP = "import time\ntime.sleep(0.3)\n"
-AT_IMPORT = ["PYTHONPATH", "LD_LIBRARY_PATH", "HF_HOME", "OMP_NUM_THREADS", "LC_ALL", "TZ", "CUDA_HOME", "PATH"]
+AT_IMPORT = [
+    "PYTHONPATH", "LD_LIBRARY_PATH", "HF_HOME", "OMP_NUM_THREADS", "LC_ALL", "TZ", "CUDA_HOME", "PATH", "TMP",
+    "SKLEARN_ASSUME_FINITE", "TQDM_DISABLE", "MATPLOTLIBRC",
+]  # fmt: skip
 NOT_AT_IMPORT = ["CUDA_VISIBLE_DEVICES", "JPY_PARENT_PID", "JPY_SESSION_NAME", "OPENAI_API_KEY", "PWD"]
 
 

@@ -56,6 +56,19 @@ def test_an_interrupt_stops_the_cell_alone(kernel):
     assert kernel_pid(kernel) == pid
 
 
+def test_an_interrupt_before_there_is_a_cell_is_for_nobody(kernel):
+    def listens() -> bool:
+        caught = next(line for line in Path(f"/proc/{kernel.pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
+        return bool(int(caught.split()[1], 16) >> (signal.SIGWINCH - 1) & 1)  # the last that the launcher takes care of
+
+    for _ in range(5):
+        kernel._runner.run(kernel._kernel.restart_kernel())
+        eventually(listens)
+        kernel._process.send_signal(signal.SIGINT)
+        kernel._runner.run(kernel._connect())
+        assert is_forked(kernel)
+
+
 STARTS_A_PROGRAM = """
 import subprocess
 program = subprocess.Popen(["sleep", "600"])

@@ -1,0 +1,118 @@
+"""What imports leave in a process that each kernel must have of its own, or as if it had imported them itself.
+
+A zygote's imports run once, for all its kernels: a generator of random numbers that a module makes would give each of them the
+same numbers, a log handler would write where the zygote writes. Owns what is noted during the imports, and what is done about
+it in a forked process. Python's own modules alone: what a library keeps beyond these is its own affair, and in the guide.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import sys
+import tempfile
+import time
+import warnings
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+_generators: list[weakref.ref[random.Random]] = []
+
+
+@contextlib.contextmanager
+def noting_generators() -> Iterator[None]:
+    """Note the generators that are made meanwhile with a seed of the system's, as ``random.Random()`` makes them."""
+    stock = random.Random.seed
+
+    def seed(self: random.Random, a: Any = None, version: int = 2) -> None:  # noqa: ANN401
+        if a is None and type(self) is random.Random:
+            _generators.append(weakref.ref(self))
+        stock(self, a, version)
+
+    random.Random.seed = seed  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        random.Random.seed = stock  # type: ignore[method-assign]
+
+
+def reseed_generators() -> None:
+    """Give those that were noted new seeds of the system's. What was seeded on purpose stays as it is."""
+    for known in _generators:
+        if (generator := known()) is not None:
+            generator.seed()
+    if (symbol := sys.modules.get("sympy.core.symbol")) is not None:  # has drawn a number already, and forgets the generator
+        with contextlib.suppress(AttributeError):
+            symbol.Dummy._base_dummy_index = random.randint(10**6, 9 * 10**6)  # noqa: S311 - as sympy does
+
+
+@contextlib.contextmanager
+def noting_folders(found: list[str]) -> Iterator[None]:
+    """Note the temporary directories that are made meanwhile. The first kernel that ends would remove them for all."""
+    stock = tempfile.mkdtemp
+
+    def mkdtemp(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401
+        folder = stock(*arguments, **options)
+        found.append(str(folder))
+        return folder
+
+    tempfile.mkdtemp = mkdtemp
+    try:
+        yield
+    finally:
+        tempfile.mkdtemp = stock
+
+
+class Writers:
+    """The log handlers that write to ``stdout`` or ``stderr`` as these are now, in a process that is to get others.
+
+    To be made before the kernel is: it sets up logging for itself, and Python forgets then which handlers there are.
+    """
+
+    def __init__(self) -> None:
+        self._streams = (sys.stdout, sys.stderr)
+        known = [reference() for reference in logging._handlerList]  # type: ignore[attr-defined]
+        self._handlers = [handler for handler in known if self._which(getattr(handler, "stream", None)) is not None]
+
+    def _which(self, stream: object) -> int | None:
+        return next((number for number, own in enumerate(self._streams) if own is stream and own is not None), None)
+
+    def hand_over(self) -> None:
+        """Have them write to ``stdout`` and ``stderr`` as they are now."""
+        new = (sys.stdout, sys.stderr)
+        for handler in self._handlers:
+            if (number := self._which(handler.stream)) is not None:
+                handler.stream = new[number]
+            flush = vars(handler).get("flush")  # transformers and its kin give theirs that of the stream
+            if (number := self._which(getattr(flush, "__self__", None))) is not None:
+                handler.flush = new[number].flush
+
+
+def begin_logging_anew() -> None:
+    """Have log records tell the time since this process started."""
+    is_ns = isinstance(logging._startTime, int)  # type: ignore[attr-defined] # from Python 3.13 on
+    logging._startTime = time.time_ns() if is_ns else time.time()  # type: ignore[attr-defined]
+
+
+class _Filters(list[Any]):
+    """Warning filters, which are pickled without those of packages: a worker would have to import each of these for it."""
+
+    def __getitem__(self, index: Any) -> Any:  # noqa: ANN401
+        found = super().__getitem__(index)
+        return _Filters(found) if isinstance(index, slice) else found  # how catch_warnings copies them
+
+    def __copy__(self) -> _Filters:
+        return _Filters(self)
+
+    def __reduce_ex__(self, protocol: object) -> Any:  # noqa: ANN401
+        own = [each for each in self if each[2].__module__.partition(".")[0] in sys.stdlib_module_names]
+        return list, (own,)
+
+
+def keep_filters_to_oneself() -> None:
+    """Have the warning filters of what was imported ahead stay in this process; scikit-learn sends them to its workers."""
+    warnings.filters = _Filters(warnings.filters)
+    with contextlib.suppress(AttributeError):
+        warnings._filters_mutated()  # type: ignore[attr-defined]

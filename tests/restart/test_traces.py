@@ -1,0 +1,127 @@
+"""What imports leave in a process: each forked kernel has its own, or what it would have had it imported the package itself."""
+
+from __future__ import annotations
+
+import ast
+import time
+from typing import Any
+
+import pytest
+
+from nbcache.jupyter.experience import recall
+from tests.restart.test_fast_path import environment, installed, own_specs  # noqa: F401
+from tests.support.kernels import Kernel
+from tests.support.waiting import eventually
+from tests.support.zygotes import is_forked, start_zygote, zygote
+
+
+@pytest.fixture
+def forked(environment, own_specs, monkeypatch):  # noqa: F811
+    """A forked kernel, whose zygote has imported a package of this source ahead; it is called ``thing``."""
+    kernels: list[Kernel] = []
+
+    def start(source: str) -> Kernel:
+        monkeypatch.setenv("NBCACHE_PRELOAD", "thing")
+        installed(environment, "thing", source)
+        start_zygote(own_specs)
+        kernels.append(Kernel("nbcache", own_specs).__enter__())
+        assert is_forked(kernels[0])
+        return kernels[0]
+
+    yield start
+    for kernel in kernels:
+        kernel.close()
+
+
+def value(kernel: Kernel, code: str) -> Any:
+    return ast.literal_eval(kernel.run(code))
+
+
+def test_a_generator_that_a_module_makes_gives_each_kernel_numbers_of_its_own(forked):
+    kernel = forked("import random\nown, seeded = random.Random(), random.Random(3)\nseeded.random()")
+    look = "import thing, random; right = random.Random(3); right.random()\n"
+    look += "thing.own.random(), thing.seeded.random() == right.random(), random.random()"
+    seen = []
+    for _ in range(3):
+        seen.append(value(kernel, look))
+        kernel.restart()
+        assert is_forked(kernel)
+    assert all(is_as_seeded for _, is_as_seeded, _ in seen)
+    assert len({drawn for drawn, _, _ in seen}) == len({drawn for _, _, drawn in seen}) == 3
+
+
+def test_a_package_that_makes_a_temporary_directory_is_left_to_the_kernel(forked):
+    """The first kernel that ended would remove it for all."""
+    kernel = forked("import tempfile\nfolder = tempfile.TemporaryDirectory()")
+    assert "temporary directory" in recall().broken["thing"]
+    for _ in range(2):
+        assert kernel.run("import os, thing; os.path.isdir(thing.folder.name)") == "True"
+        kernel.restart()
+        assert is_forked(kernel)
+
+
+def test_who_logs_writes_to_the_kernels_own_streams(forked):
+    kernel = forked(
+        "import logging, sys\nlog = logging.getLogger('thing')\nhandler = logging.StreamHandler()\n"
+        "handler.flush = sys.stderr.flush\nlog.addHandler(handler)\nlog.addHandler(logging.StreamHandler(sys.stdout))"
+    )
+    kernel.run("import sys, thing; err, out = thing.log.handlers")
+    outcome = kernel.try_run("thing.log.warning('well')")
+    assert (outcome.stdout, outcome.stderr) == ("well\n", "well\n")
+    assert (
+        kernel.run("err.stream is sys.stderr, out.stream is sys.stdout, err.flush.__self__ is sys.stderr")
+        == "(True, True, True)"
+    )
+
+
+def test_log_records_count_from_the_kernels_start(forked):
+    kernel = forked("")
+    before = time.time()
+    kernel.restart()
+    look = "import logging, time; time.time() - logging.LogRecord('', 20, '', 1, '', (), None).relativeCreated / 1000"
+    assert value(kernel, look) > before - 0.1
+
+
+def test_workers_are_not_sent_the_warnings_of_packages(forked):
+    """scikit-learn pickles the filters for each; whoever unpickles one imports its package, torch say."""
+    kernel = forked("import warnings\nclass Own(UserWarning): pass\nwarnings.simplefilter('ignore', Own)")
+    kernel.run("import copy, pickle, thing, warnings\ndef has(filters): return thing.Own in [each[2] for each in filters]")
+    sent = "sent = pickle.loads(pickle.dumps(warnings.filters))\n"
+    assert value(kernel, sent + "has(warnings.filters), has(copy.copy(warnings.filters)), has(sent), type(sent) is list") == (
+        True, True, False, True,
+    )  # fmt: skip
+    assert value(kernel, "len(sent) > 3, set(map(tuple, sent)) < set(map(tuple, warnings.filters))") == (True, True)
+    within = "with warnings.catch_warnings(record=True) as seen:\n    warnings.warn('own', thing.Own)\n"
+    within += "    warnings.simplefilter('always')\n    warnings.warn('own', thing.Own)\n"
+    within += "    again = pickle.loads(pickle.dumps(warnings.filters))\n"
+    assert value(kernel, within + "len(seen), has(again)") == (1, False)
+
+
+def test_a_file_of_settings_that_a_package_reads_where_it_is_imported(environment, own_specs, monkeypatch, tmp_path):  # noqa: F811
+    """A stand-in for matplotlib: in the notebook's folder, and the user's, who writes one, and removes it."""
+    monkeypatch.setenv("NBCACHE_PRELOAD", "matplotlib")
+    (tmp_path / "settings").mkdir()
+    installed(environment, "matplotlib", f"def get_configdir(): return {str(tmp_path / 'settings')!r}")
+    first = start_zygote(own_specs)
+    notebooks = tmp_path / "notebooks"
+    notebooks.mkdir()
+
+    def restart(kernel: Kernel, folder: str) -> None:
+        kernel._runner.run(kernel._kernel.shutdown_kernel())
+        kernel._runner.run(kernel._kernel.start_kernel(env=kernel._environment, cwd=folder))
+        kernel._runner.run(kernel._connect())
+
+    with Kernel("nbcache", own_specs) as kernel:
+        assert is_forked(kernel)
+        restart(kernel, str(notebooks))
+        assert is_forked(kernel)
+        (notebooks / "matplotlibrc").write_text("figure.dpi: 42")
+        restart(kernel, str(notebooks))
+        assert not is_forked(kernel)
+        assert zygote().pid == first.pid
+        (tmp_path / "settings" / "matplotlibrc").write_text("figure.dpi: 42")
+        restart(kernel, str(tmp_path))
+        assert not is_forked(kernel)
+        eventually(lambda: zygote().pid != first.pid, 60)
+        restart(kernel, str(tmp_path))
+        assert is_forked(kernel)
