@@ -1,4 +1,4 @@
-"""From the request to restart to the answer of the first cell that uses the weights: a stock kernel beside ours.
+"""From the request to restart to all that the first cell shows, which uses the weights: a stock kernel beside ours.
 
 Both restart in turns, on the same machine and the same files, page cache hot. What ours imports ahead it has learned
 as a user's would: from a kernel that ran the same cells before.

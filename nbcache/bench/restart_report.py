@@ -89,7 +89,7 @@ def _lines(report: RestartReport) -> Iterator[str]:
         f"{report.checkpoint}: {report.tensors} tensors to {report.device}; Python {report.python}, "
         f"{report.processors} processors, client: {report.client}"
     )
-    yield "from the request to restart to the answer of the first cell that uses the weights"
+    yield "from the request to restart to all that the first cell shows, which uses the weights"
     yield f"{'the cell also needs':44}{'stock':>10}{'worst':>10}{'nbcache':>10}{'worst':>10}{'':6}{'restarts':>9}"
     for each in report.restarts:
         times = (each.stock_median_s, each.stock_worst_s, each.ours_median_s, each.ours_worst_s)
