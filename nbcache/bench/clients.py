@@ -24,6 +24,8 @@ from nbcache.errors import BenchmarkFailed
 START_TIMEOUT_S = 120.0
 HANG_UP_S = 5.0
 CELL_TIMEOUT_S = 300.0
+SHOWN_TIMEOUT_S = 2.0
+"""For what a cell shows to come after its reply. An ordinary kernel may have said it before a client was connected again."""
 POLL_S = 0.05
 EXPRESSIONS = {"answer": "globals().get('answer')"}
 
@@ -105,9 +107,11 @@ class ManagerClient:
                 message = await self._client.get_shell_msg()
                 if message["parent_header"].get("msg_id") == request:
                     break
-            answer = answer_of(message["content"])
-            while not is_end_of(await self._client.get_iopub_msg(), request):
-                pass
+        answer = answer_of(message["content"])
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SHOWN_TIMEOUT_S):
+                while not is_end_of(await self._client.get_iopub_msg(), request):
+                    pass
         return answer
 
     async def close(self) -> None:
@@ -194,7 +198,12 @@ class RestClient:
         replies: list[Any] = []
         is_done = False
         while not (replies and is_done):  # in whichever order
-            message = await self.receive()
+            try:
+                message = await asyncio.wait_for(self.receive(), SHOWN_TIMEOUT_S if replies else CELL_TIMEOUT_S)
+            except TimeoutError:
+                if replies:
+                    break
+                raise
             if message["parent_header"].get("msg_id") == request and message["header"]["msg_type"] == "execute_reply":
                 replies.append(answer_of(message["content"]))
             is_done |= is_end_of(message, request)
