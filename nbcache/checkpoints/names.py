@@ -71,7 +71,11 @@ def find_config(name: str) -> str:
 
 def find_weights(name: str, revision: str = "", subfolder: str = "", variant: str = "") -> str:
     """As :func:`find`, for weights alone: of a variant, its own file."""
-    path = find(name, revision, subfolder, variant)
+    return weights_of(find(name, revision, subfolder, variant), variant)
+
+
+def weights_of(path: str, variant: str = "") -> str:
+    """What a path's weights are loaded by: itself, or in a folder the file of a variant. Raises as :func:`weights_path`."""
     return weights_path(path, variant) if variant and os.path.isdir(path) else path
 
 

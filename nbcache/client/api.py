@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from nbcache.checkpoints import names as catalogue
-from nbcache.checkpoints.folders import FolderKind, PipelineIndex, component_names, kind_of, read_pipeline, weights_path
+from nbcache.checkpoints.folders import FolderKind, PipelineIndex, component_names, kind_of, read_pipeline
 from nbcache.client import spare
 from nbcache.client.fill import Grant, Wish, acquire, meaning_of, put_bytes, spellings
 from nbcache.client.notices import NoSharedGpuMemory, notify
@@ -223,12 +223,10 @@ def stage_all(
     kind = kind_of(path)
     if kind is FolderKind.PIPELINE:
         homes = _chosen_homes(read_pipeline(path), chosen)
-        return [stage(weights_path(home, variant) if variant else home, pinned, on_progress) for home in homes]
+        return [stage(catalogue.weights_of(home, variant), pinned, on_progress) for home in homes]
     if chosen:
         raise InvalidOption(f"{name}: holds {kind.value}, not a pipeline: it has no components to choose from")
-    if is_special:
-        name = weights_path(path, variant) if variant and os.path.isdir(path) else path
-    return [stage(name, pinned, on_progress)]
+    return [stage(catalogue.weights_of(path, variant) if is_special else name, pinned, on_progress)]
 
 
 def _chosen_homes(index: PipelineIndex, names: Sequence[str]) -> list[str]:

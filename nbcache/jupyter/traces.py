@@ -2,7 +2,7 @@
 
 A zygote's imports run once, for all its kernels: a generator of random numbers that a module makes would give each of them the
 same numbers, a log handler would write where the zygote writes. Owns what is noted during the imports, and what is done about
-it in a forked process. Python's own modules alone: what a library keeps beyond these is its own affair, and in the guide.
+it in a forked process, for Python's own modules and sympy, which torch brings; what else libraries keep is in the guide.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def reseed_generators() -> None:
     for known in _generators:
         if (generator := known()) is not None:
             generator.seed()
-    if (symbol := sys.modules.get("sympy.core.symbol")) is not None:  # has drawn a number already, and forgets the generator
+    if (symbol := sys.modules.get("sympy.core.symbol")) is not None:  # it drew at once what tells Dummy symbols apart
         with contextlib.suppress(AttributeError):
             symbol.Dummy._base_dummy_index = random.randint(10**6, 9 * 10**6)  # noqa: S311 - as sympy does
 

@@ -50,6 +50,19 @@ def test_a_generator_that_a_module_makes_gives_each_kernel_numbers_of_its_own(fo
     assert len({drawn for drawn, _, _ in seen}) == len({drawn for _, _, drawn in seen}) == 3
 
 
+def test_dummy_symbols_of_two_kernels_differ(environment, own_specs, monkeypatch):  # noqa: F811
+    """sympy tells them apart by a number that it draws when it is imported; pickled ones meet."""
+    monkeypatch.setenv("NBCACHE_PRELOAD", "sympy")
+    start_zygote(own_specs)
+    drawn = set()
+    with Kernel("nbcache", own_specs) as kernel:
+        for _ in range(2):
+            assert is_forked(kernel)
+            drawn.add(value(kernel, "import sympy; sympy.Dummy().dummy_index"))
+            kernel.restart()
+    assert len(drawn) == 2
+
+
 def test_a_package_that_makes_a_temporary_directory_is_left_to_the_kernel(forked):
     """The first kernel that ended would remove it for all."""
     kernel = forked("import tempfile\nfolder = tempfile.TemporaryDirectory()")
@@ -98,7 +111,7 @@ def test_workers_are_not_sent_the_warnings_of_packages(forked):
 
 
 def test_a_file_of_settings_that_a_package_reads_where_it_is_imported(environment, own_specs, monkeypatch, tmp_path):  # noqa: F811
-    """A stand-in for matplotlib: in the notebook's folder, and the user's, who writes one, and removes it."""
+    """A stand-in for matplotlib: in the notebook's folder, and the user's."""
     monkeypatch.setenv("NBCACHE_PRELOAD", "matplotlib")
     (tmp_path / "settings").mkdir()
     installed(environment, "matplotlib", f"def get_configdir(): return {str(tmp_path / 'settings')!r}")
