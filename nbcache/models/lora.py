@@ -29,6 +29,7 @@ from nbcache.models import lora_inject
 from nbcache.models.lora_cache import Lora, find_lora
 from nbcache.models.lora_convert import BIAS, B, Recipe, brief
 from nbcache.models.lora_host import Host, host_of
+from nbcache.models.lora_offload import at_hand
 from nbcache.models.lora_plan import Plan, plan_of
 from nbcache.models.lora_slots import Arena
 
@@ -60,6 +61,9 @@ class _Adapter:
 
     plan: Plan
     source: str
+    """The LoRA's path, whole, wherever this process goes."""
+    entry: str
+    """What the cache calls what was made of it, of this content of the file."""
     scale: float
     replaces: bool
     noted: tuple[Mapping[str, int], Recipe] | None = None
@@ -71,6 +75,8 @@ class Rack:
     """The adapters of ours that one model has, in the order they came."""
 
     adapters: dict[str, _Adapter] = field(default_factory=dict)
+    of_pipeline: bool = False
+    """Whether they were put in through a pipeline, and not into the model for itself."""
 
     def forget(self, name: str) -> None:
         """An adapter is no more."""
@@ -85,13 +91,25 @@ _injected: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDicti
 
 
 def rack_of(host: Host) -> Rack:
-    """The rack of a pipeline's denoiser, or of a model. Adapters that others took out or replaced are forgotten."""
+    """The rack of a pipeline's denoiser, or of a model. Adapters that others took out or replaced are forgotten.
+
+    LoraError where a pipeline's adapters are asked for by the model alone, or the other way round.
+    """
     rack = _racks.setdefault(host.root, Rack())
     for name, adapter in list(rack.adapters.items()):
         adapter.plan.keep_to(host.components)
         if not adapter.plan.stands:
             rack.forget(name)
             _mark(host, name, False)
+    is_pipeline = host.family.loader is not None
+    if not rack.adapters:
+        rack.of_pipeline = is_pipeline
+    elif rack.of_pipeline is not is_pipeline:
+        had, asked = ("the pipeline that it is part of", "the model") if rack.of_pipeline else ("the model", "the pipeline")
+        raise LoraError(
+            f"adapter {', '.join(rack.adapters)} of this {type(host.root).__name__} was loaded into {had}; give {had}, and not "
+            f"{asked}, or unload it there first"
+        )
     return rack
 
 
@@ -157,6 +175,16 @@ def load_lora(pipe: object, name: str | os.PathLike[str], scale: float = 1.0, ad
     _check_names(adapter, scale)
     scale = float(scale)
     host = host_of(pipe)
+    with at_hand(host):
+        found, how = _load(host, name, scale, adapter)
+    return LoadedLora(
+        found.source, adapter, scale, len(found.ranks), max(found.ranks.values()), found.nbytes, how, found.how,
+        time.perf_counter() - start,
+    )  # fmt: skip
+
+
+def _load(host: Host, name: str | os.PathLike[str], scale: float, adapter: str) -> tuple[Lora, str]:
+    """See :func:`load_lora`. The LoRA, without what the models lack, and how it came to be there."""
     rack = rack_of(host)
     held = rack.adapters.get(adapter)
     is_left = held is None and adapter in _left_over(host, rack)
@@ -167,28 +195,26 @@ def load_lora(pipe: object, name: str | os.PathLike[str], scale: float = 1.0, ad
         for part in held.plan.parts:
             part.compiled = part.component in host.compiled
     lora = find_lora(name, host.family, host.device)
+    entry = lora.entry
     if held is None or held.plan.misfit(lora):
         lora = _without_missing(lora, host)
     swaps = held is not None and _fits(held, lora, host)
     if swaps and held is not None:
         with _undisturbed():
             held.plan.write(lora, scale)
-            held.source, held.scale = lora.source, scale
+            held.source, held.entry, held.scale = os.path.abspath(lora.source), entry, scale
             if not held.plan.is_active:
-                lora_inject.activate(host, [*lora_inject.active_in(host), adapter])
+                lora_inject.activate(host, [*lora_inject.active_in(host), adapter], rack.adapters)
     else:
         if is_left:
             lora_inject.check_unfused(host)
             lora_inject.take_out(host, [adapter])
-        _inject(host, rack, adapter, lora, scale)
+        _inject(host, rack, adapter, lora, scale, entry)
     held = rack.adapters[adapter]
     if held.noted != (lora.ranks, lora.recipe) and not any(part.padded for part in held.plan.parts):
         lora_inject.note_config(host, adapter, lora)  # of padded ones the configuration has the target rank
         held.noted = lora.ranks, lora.recipe
-    return LoadedLora(
-        lora.source, adapter, scale, len(lora.ranks), max(lora.ranks.values()), lora.nbytes,
-        "swapped" if swaps else "injected", lora.how, time.perf_counter() - start,
-    )  # fmt: skip
+    return lora, "swapped" if swaps else "injected"
 
 
 @torch.inference_mode(False)
@@ -211,7 +237,7 @@ def set_lora(pipe: object, scales: Mapping[str, float]) -> None:
             held.scale = float(scale)
             held.plan.scale(held.scale)
         if lora_inject.active_in(host) != list(scales):
-            lora_inject.activate(host, list(scales))
+            lora_inject.activate(host, list(scales), rack.adapters)
 
 
 @torch.inference_mode(False)
@@ -229,10 +255,10 @@ def unload_lora(pipe: object, adapter: str | None = None) -> None:
         if name not in left:
             _held(rack, name).plan.check_unfused()
     if names:
-        with _undisturbed():
+        with at_hand(host), _undisturbed():
             active = [name for name in lora_inject.active_in(host) if name not in names]
             _take_out(host, rack, names)
-            lora_inject.activate(host, active)
+            lora_inject.activate(host, active, rack.adapters)
 
 
 def _take_out(host: Host, rack: Rack, names: Sequence[str]) -> None:
@@ -250,13 +276,23 @@ def _take_out(host: Host, rack: Rack, names: Sequence[str]) -> None:
                 f"{', '.join(sorted(foreign))} was loaded by other means: delete it first"
             )
         again = {name: held for name, held in rack.adapters.items() if name in staying}
-    loras = {name: find_lora(held.source, host.family, host.device) for name, held in again.items()}
+    loras = {
+        name: _again(host, name, held) if held.replaces else held.plan.read_back(held.source) for name, held in again.items()
+    }
     lora_inject.take_out(host, [*names, *again])
     for name in (*names, *again):
         rack.forget(name)
         _mark(host, name, False)
     for name, held in again.items():
-        _inject(host, rack, name, _without_missing(loras[name], host), held.scale)
+        _inject(host, rack, name, _without_missing(loras[name], host), held.scale, held.entry)
+
+
+def _again(host: Host, name: str, held: _Adapter) -> Lora:
+    """The LoRA of an adapter, from the cache or its file. LoraError if that has other content by now."""
+    lora = find_lora(held.source, host.family, host.device)
+    if lora.entry != held.entry:
+        raise LoraError(f"{held.source} was changed since it was loaded as adapter {name!r}; load it again")
+    return lora
 
 
 def _held(rack: Rack, name: str) -> _Adapter:
@@ -302,10 +338,11 @@ def _without_missing(lora: Lora, host: Host) -> Lora:
     )
 
 
-def _inject(host: Host, rack: Rack, adapter: str, lora: Lora, scale: float) -> None:
+def _inject(host: Host, rack: Rack, adapter: str, lora: Lora, scale: float, entry: str) -> None:
     """Inject an adapter that is large enough for the LoRA, and for every module that it had before; then write the LoRA.
 
-    If that fails, what the adapter had before is put back.
+    ``entry`` is what the cache calls the LoRA, of which modules may have been left out here. If that fails, what the adapter
+    had before is put back.
     """
     from nbcache.models.lora_fuse import keep_bases  # needs peft, of whose absence host_of speaks
 
@@ -335,15 +372,18 @@ def _inject(host: Host, rack: Rack, adapter: str, lora: Lora, scale: float) -> N
             if held is not None:
                 _put_back(host, rack, adapter, held, error)
             raise
-        keep_bases(target.layer for target in plan.targets)
-        rack.adapters[adapter] = _Adapter(plan, lora.source, scale, lora_inject.replaces_parameters(lora, host))
-        lora_inject.activate(host, [*active, adapter])
+        for model, part in plan.parts_of_models:
+            keep_bases(model, (target.layer for target in part.targets))
+        replaces = lora_inject.replaces_parameters(lora, host)
+        rack.adapters[adapter] = _Adapter(plan, os.path.abspath(lora.source), entry, scale, replaces)
+        lora_inject.activate(host, [*active, adapter], rack.adapters)
 
 
 def _put_back(host: Host, rack: Rack, adapter: str, held: _Adapter, error: BaseException) -> None:
     """What the adapter had. LoraError if that cannot be had any more either."""
     try:
-        _inject(host, rack, adapter, find_lora(held.source, host.family, host.device), held.scale)
+        lora = _without_missing(_again(host, adapter, held), host)
+        _inject(host, rack, adapter, lora, held.scale, held.entry)
     except Exception as second:
         raise LoraError(
             f"{brief(error)}; what adapter {adapter!r} had, {held.source}, could not be put back: {brief(second)}"

@@ -30,6 +30,16 @@ DOWN_MARKS = (".lora_down.", ".lora_A.", ".lora.down.", "_lora.down.", ".lora_li
 """What the names of a LoRA's first matrices have, by layout."""
 QUOTED = 200
 """Characters of a library's error that ours quotes."""
+PLAIN_BEGINNINGS = ("gaussian", "eva", "orthogonal")
+"""Ways to begin a training, beside peft's own, that leave the base as it is: what is saved is all that there is to add."""
+OF_NO_CONCERN = frozenset({
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
+    "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_bias", "bias", "lora_dropout", "fan_in_fan_out",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "megatron_config",
+    "megatron_core", "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config",
+    "qalora_group_size", "runtime_config", "ensure_weight_tying",
+})  # fmt: skip
+"""Of peft's settings, those that are read here, or seen in the tensors, or that say how it was trained."""
 
 Tensors = dict[str, torch.Tensor]
 
@@ -88,7 +98,8 @@ def convert(
     """
     for kind, mark in (("DoRA", "dora_scale"), ("DoRA", "lora_magnitude_vector"), ("LoKr", "lokr_"), ("LoHa", "hada_")):
         if any(mark in name for name in tensors):
-            raise UnsupportedFormat(f"a {kind}, which has more than two matrices a module; load it with pipe.load_lora_weights")
+            loader = "pipe.load_lora_weights" if family.loader else "peft"
+            raise UnsupportedFormat(f"a {kind}, which has more than two matrices a module; load it with {loader}")
     _check_alphas(tensors)
     try:
         parts = list(_of_pipeline(tensors, metadata, family) if family.loader else _of_peft(tensors, config))
@@ -214,8 +225,7 @@ def _part(component: str, state: Tensors, alphas: dict[str, float], settings: di
 def _configured(component: str, state: Tensors, config: Any) -> _Part:  # noqa: ANN401 - peft's LoraConfig
     from peft.utils.other import get_pattern_key
 
-    if config.use_dora:
-        raise UnsupportedFormat("a DoRA, which has more than two matrices a module; load it with pipe.load_lora_weights")
+    _check_plain(config, "peft" if component == "model" else "pipe.load_lora_weights")
     patterns = config.alpha_pattern
     modules = [name.removesuffix(A) for name in state if name.endswith(A)]
     if patterns:
@@ -228,6 +238,24 @@ def _configured(component: str, state: Tensors, config: Any) -> _Part:  # noqa: 
         {f"{component}.{module}": float(alpha) for module, alpha in alphas.items()},
         bool(config.use_rslora),
     )
+
+
+def _check_plain(config: Any, loader: str) -> None:  # noqa: ANN401 - peft's LoraConfig
+    """UnsupportedFormat for a LoRA that is more than two matrices a module: it changes the base, or computes otherwise."""
+    from peft import LoraConfig
+
+    if config.use_dora:
+        raise UnsupportedFormat(f"a DoRA, which has more than two matrices a module; load it with {loader}")
+    begun = config.init_lora_weights
+    if isinstance(begun, str) and begun.lower() not in PLAIN_BEGINNINGS:
+        raise UnsupportedFormat(
+            f"a LoRA that was begun with init_lora_weights={begun!r}, which changes the base weights as well; load it with "
+            f"{loader}, or save it converted (peft: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
+        )
+    usual = LoraConfig()
+    for setting, value in vars(config).items():
+        if setting not in OF_NO_CONCERN and value != getattr(usual, setting, None):
+            raise UnsupportedFormat(f"a LoRA with {setting}={value!r}, which is more than its matrices; load it with {loader}")
 
 
 def _of_peft(tensors: Mapping[str, torch.Tensor], config: str) -> Iterator[_Part]:
@@ -247,6 +275,11 @@ def _of_peft(tensors: Mapping[str, torch.Tensor], config: str) -> Iterator[_Part
     _check_pairs(state)
     if settings:
         known = inspect.signature(LoraConfig).parameters
+        for setting, value in settings.items():
+            if value and setting not in known and setting not in OF_NO_CONCERN:
+                raise UnsupportedFormat(
+                    f"a LoRA with {setting}={value!r}, which this peft does not know; load it with a newer one"
+                )
         yield _configured("model", state, LoraConfig(**{key: value for key, value in settings.items() if key in known}))
         return
     alphas = {f"model.{name.removesuffix(A)}": float(t.shape[0]) for name, t in state.items() if name.endswith(A)}

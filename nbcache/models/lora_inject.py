@@ -14,7 +14,7 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -48,6 +48,13 @@ def check_fits(lora: Lora, host: Host) -> list[str]:
         inputs, outputs = lora.tensors[name + A].shape[1], lora.tensors[name + B].shape[0]
         if sizes != (inputs, outputs) and not (sizes[1] == outputs and _widens(host, path)):
             wrong.append(f"{name} is {sizes[0]}→{sizes[1]}, the LoRA's {inputs}→{outputs}")
+        elif (dimensions := _dimensions(host, component, path)) != lora.tensors[name + A].ndim:
+            wrong.append(f"{name} has weights of {dimensions} dimensions, the LoRA's lora_A {lora.tensors[name + A].ndim}")
+    for name in lora.recipe.others:
+        component, _, path = name.partition(".")
+        present = host.components[component].state_dict().get(path) if component in host.components else None
+        if present is not None and present.shape != lora.tensors[name].shape:
+            wrong.append(f"{name} is {list(present.shape)}, the LoRA's {list(lora.tensors[name].shape)}")
     if not wrong and 2 * len(missing) < len(lora.recipe.alphas):
         return missing
     total, kind = len(lora.recipe.alphas), type(host.root).__name__
@@ -58,14 +65,25 @@ def check_fits(lora: Lora, host: Host) -> list[str]:
     )
 
 
-def _sizes(host: Host, component: str, path: str) -> tuple[int, int] | None:
-    """Inputs and outputs of a module; None if there is none of that name that takes a LoRA."""
+def _base_of(host: Host, component: str, path: str) -> Any:  # noqa: ANN401 - a module of any kind
+    """A module, without the layer of peft's around it; None if there is none of that name."""
     model: nn.Module | None = host.components.get(component)
     for part in path.split(".") if model is not None else ():
         model = model._modules.get(part) if model is not None else None
-    if model is None:
+    return model.get_base_layer() if model is not None and hasattr(model, "get_base_layer") else model  # type: ignore[operator]
+
+
+def _dimensions(host: Host, component: str, path: str) -> int:
+    """How many dimensions the matrices of a module's LoRA have: as its weight, if that is no packed one."""
+    layer = _base_of(host, component, path)
+    return 2 + len(layer.kernel_size) if hasattr(layer, "kernel_size") else 2
+
+
+def _sizes(host: Host, component: str, path: str) -> tuple[int, int] | None:
+    """Inputs and outputs of a module; None if there is none of that name that takes a LoRA."""
+    layer = _base_of(host, component, path)
+    if layer is None:
         return None
-    layer: Any = model.get_base_layer() if hasattr(model, "get_base_layer") else model  # type: ignore[operator]
     if hasattr(layer, "in_features"):
         return layer.in_features, layer.out_features
     if hasattr(layer, "in_channels"):
@@ -98,7 +116,8 @@ def inject(host: Host, adapter: str, tensors: Mapping[str, torch.Tensor]) -> Non
     try:
         with _quiet(), building, lean.no_values_on_meta():
             if host.family.loader is not None:
-                host.pipe.load_lora_weights(state, adapter_name=adapter)
+                with _unwrapped_in(host):
+                    host.pipe.load_lora_weights(state, adapter_name=adapter)
             else:
                 _inject_into_model(host, adapter, {name.removeprefix("model."): t for name, t in state.items()})
     except Exception as error:
@@ -204,16 +223,31 @@ def pad_as_needed(host: Host, lora: Lora) -> Iterator[str]:
             pad_again(host, component, rank)
 
 
-def activate(host: Host, adapters: Sequence[str]) -> None:
-    """Let these adapters, and no others, take part; frozen, as they are not trained here."""
+def activate(host: Host, adapters: Sequence[str], ours: Container[str]) -> None:
+    """Let these adapters, and no others, take part; ``ours`` frozen, others trained or not as they were."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for model in host.components.values():
         for module in model.modules():
             if isinstance(module, BaseTunerLayer):
+                trained = _trained(module, ours)
                 module.set_adapter(list(adapters), inference_mode=True)
+                for parameter in trained:
+                    parameter.requires_grad_(True)
     if hasattr(host.pipe, "get_base_model") and hasattr(host.pipe, "base_model"):
         host.pipe.base_model.active_adapter = list(adapters)
+
+
+def _trained(layer: Any, ours: Container[str]) -> list[torch.Tensor]:  # noqa: ANN401 - peft's
+    """The parameters that others than us have adapters for in this layer, and train."""
+    return [
+        parameter
+        for holder in layer.adapter_layer_names
+        for name, part in getattr(layer, holder).items()
+        if name not in ours
+        for parameter in (part.parameters() if isinstance(part, nn.Module) else [part])
+        if parameter.requires_grad
+    ]
 
 
 def take_out(host: Host, adapters: Sequence[str]) -> None:
@@ -222,9 +256,10 @@ def take_out(host: Host, adapters: Sequence[str]) -> None:
 
     left = adapters_in(host) - set(adapters)
     with _quiet():
-        if not left and host.family.loader is not None and not host.compiled:
+        if not left and host.family.loader is not None:
             reset = "reset_to_overwritten_params" in inspect.signature(host.pipe.unload_lora_weights).parameters
-            host.pipe.unload_lora_weights(**({"reset_to_overwritten_params": True} if reset else {}))
+            with _unwrapped_in(host):
+                host.pipe.unload_lora_weights(**({"reset_to_overwritten_params": True} if reset else {}))
             return
         for model in host.components.values():
             for module in model.modules():
@@ -236,6 +271,18 @@ def take_out(host: Host, adapters: Sequence[str]) -> None:
         if not left:
             for model in host.components.values():
                 _unwrap_layers(model)
+
+
+@contextlib.contextmanager
+def _unwrapped_in(host: Host) -> Iterator[None]:
+    """The pipeline with its models themselves in the place of those that ``torch.compile`` wrapped, which diffusers skips."""
+    attributes = vars(host.pipe)
+    wrapped = {name: attributes[name] for name, model in host.components.items() if attributes.get(name) is not model}
+    attributes.update({name: host.components[name] for name in wrapped})
+    try:
+        yield
+    finally:
+        attributes.update(wrapped)
 
 
 def _unwrap_layers(model: nn.Module) -> None:

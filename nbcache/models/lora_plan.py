@@ -22,6 +22,7 @@ from torch import nn
 
 from nbcache.errors import LoraFused
 from nbcache.models.lora_cache import Lora
+from nbcache.models.lora_convert import Recipe
 from nbcache.models.lora_slots import Arena, Target
 
 READINGS_KEPT = 64
@@ -118,6 +119,15 @@ class Part:
         settings = [(alphas.get(target.name, 1.0), ranks.get(target.name, 1), rooted) for target in self.targets]
         return Reading(shapes, exact, settings, narrow)
 
+    def read_back(self) -> tuple[dict[str, torch.Tensor], dict[str, Setting]]:
+        """What is in the slots, by the names of the LoRA's tensors and each as large as its rank; and each module's setting."""
+        settings = {target.name: setting for target, setting in zip(self.targets, self._settled, strict=True)}
+        tensors = {}
+        for slot, present in zip(self.slots, self.present(), strict=True):
+            rank = settings[slot.name.rpartition(".lora_")[0]][1]
+            tensors[slot.name] = present.data if slot.axis < 0 else present.data.narrow(slot.axis, 0, rank).contiguous()
+        return tensors, settings
+
     def misfit(self, reading: Reading) -> str:
         """Why a LoRA cannot be written while the parameters stay the tensors that they are; empty if it can, or need not."""
         if not self.fixed:
@@ -160,12 +170,12 @@ class Part:
         """See :meth:`Plan.scale`."""
         adapter = self._adapter
         values = [scale * alpha / (math.sqrt(rank) if rooted else rank) for alpha, rank, rooted in self._settled]
-        if self.padded:
-            held = [scaling[adapter] for scaling in self._scalings]
+        held = [scaling[adapter] for scaling in self._scalings] if self.padded else []
+        if held and all([isinstance(value, torch.Tensor) for value in held]):
             new = torch.tensor(values, dtype=held[0].dtype, device=held[0].device)
             torch._foreach_copy_(held, list(new.unbind()))
             return
-        for scaling, value in zip(self._scalings, values, strict=True):
+        for scaling, value in zip(self._scalings, values, strict=True):  # padded ones too, where others have set numbers
             scaling[adapter] = value
 
 
@@ -190,6 +200,11 @@ class Plan:
         return list(self._parts.values())
 
     @property
+    def parts_of_models(self) -> list[tuple[nn.Module, Part]]:
+        """The same, with the models."""
+        return list(self._parts.items())
+
+    @property
     def targets(self) -> list[Target]:
         """The modules that have the adapter."""
         return [target for part in self.parts for target in part.targets]
@@ -200,9 +215,12 @@ class Plan:
         return {name: shape for part in self.parts for name, shape in part.least.items()}
 
     def keep_to(self, components: Mapping[str, nn.Module]) -> None:
-        """Forget the parts of models that these are not: somebody gave the pipeline others in their places."""
+        """Forget the parts of models that have others in their places here: somebody gave the pipeline others.
+
+        A pipeline that shares some of the models may lack the rest.
+        """
         for model, part in list(self._parts.items()):
-            if components.get(part.component) is not model:
+            if components.get(part.component, model) is not model:
                 del self._parts[model]
 
     @property
@@ -248,6 +266,20 @@ class Plan:
             first = min(surplus, default="")
             return f"it has {len(surplus)} modules that the adapter lacks, such as {first}" if surplus else "its sizes differ"
         return next(filter(None, (part.misfit(r) for part, r in zip(self.parts, readings, strict=True))), "")
+
+    def read_back(self, source: str) -> Lora:
+        """What was written, as a LoRA; its tensors are the adapter's own, to be used once the adapter is gone."""
+        tensors: dict[str, torch.Tensor] = {}
+        settings: dict[str, Setting] = {}
+        for part in self.parts:
+            mine, set_ = part.read_back()
+            tensors |= mine
+            settings |= set_
+        rooted = dict.fromkeys(name.partition(".")[0] for name, (_, _, is_rooted) in settings.items() if is_rooted)
+        recipe = Recipe({name: alpha for name, (alpha, _, _) in settings.items()}, tuple(rooted))
+        ranks = {name: rank for name, (_, rank, _) in settings.items()}
+        nbytes = sum(tensor.nbytes for tensor in tensors.values())
+        return Lora(source, f"{source} as it was in {self.adapter}", tensors, recipe, ranks, nbytes, "hot")
 
     def write(self, lora: Lora, scale: float) -> None:
         """Put a LoRA into the adapter's place; modules that it lacks add nothing from now on. Nothing waits for the device."""

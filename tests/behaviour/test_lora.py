@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from diffusers import FluxControlPipeline
 from safetensors.torch import load_file
 
 import nbcache
+from nbcache.errors import UnsupportedFormat
 from tests.support.lora_parity import LAYOUTS, held_alike, identical, same, stock
 from tests.support.loras import Writer, flux, outputs, sd15
 
@@ -550,3 +552,39 @@ def test_what_was_swapped_in_can_be_saved_and_loaded_by_stock(write, tmp_path):
     other = flux()
     other.transformer.load_lora_adapter(str(tmp_path / "saved"), prefix=None, adapter_name="default", use_safetensors=True)
     assert same(outputs(other), outputs(stock(flux(), second)))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which changes the base weights"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora', which changes the base weights"),
+        ({"layer_replication": [[0, 1], [0, 1]]}, "layer_replication="),
+        ({"alora_invocation_tokens": [8, 9]}, "alora_invocation_tokens="),
+        ({"use_dora": True}, "DoRA"),
+        ({"of_another_day": 7}, "of_another_day=7, which this peft does not know"),
+    ],
+    ids=["pissa", "olora", "layer_replication", "alora", "dora", "unknown"],
+)
+def test_what_peft_saves_that_is_more_than_matrices_is_refused(tmp_path, settings, words):
+    folder = adapter_folder(tmp_path, r=2)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+    model = language_model()
+    before = logits(model)
+    with pytest.raises(UnsupportedFormat, match=re.escape(words)):
+        nbcache.load_lora(model, folder)
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize("beginning", ["gaussian", "orthogonal", False])
+def test_how_a_lora_was_begun_does_not_matter_where_the_base_stayed(tmp_path, beginning):
+    from peft import PeftModel
+
+    folder = adapter_folder(tmp_path, r=2, init_lora_weights=beginning)
+    model = language_model()
+    nbcache.load_lora(model, folder)
+    torch.testing.assert_close(logits(model), logits(PeftModel.from_pretrained(language_model(), folder)))

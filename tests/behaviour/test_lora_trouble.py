@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import signal
 import warnings
 import weakref
@@ -286,6 +287,124 @@ def test_a_control_lora_does_not_leave_while_an_adapter_of_others_stays(write, s
     assert identical(outputs(pipe), before)
 
 
+@pytest.mark.parametrize("how", ["compile", "torch.compile"])
+def test_what_a_control_lora_replaced_is_back_where_the_transformer_is_compiled(write, some, how):
+    path = write.control("control", control())
+    pipe = control()
+    if how == "compile":
+        pipe.transformer.compile(backend="eager")
+    else:
+        pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    wrapper = pipe.transformer
+    before = flux_output(pipe.transformer)
+    nbcache.load_lora(pipe, path)
+    nbcache.unload_lora(pipe)
+    assert pipe.transformer is wrapper
+    assert identical([flux_output(pipe.transformer)], [before])
+    nbcache.load_lora(pipe, path)
+    nbcache.load_lora(pipe, some["a"])
+    assert same([flux_output(pipe.transformer)], [flux_output(stock(flux(), some["a"]).transformer)])
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["alone", "beside another"])
+@pytest.mark.parametrize("what", ["norm", "lora_A"])
+def test_a_control_lora_that_does_not_fit_changes_nothing(write, some, what, held):
+    tensors = load_file(write.control("control", control()))
+    norm = next(name for name in reversed(tensors) if ".norm_" in name)
+    matrix = next(name for name in reversed(tensors) if name.endswith("lora_A.weight") and "single" in name)
+    wrong = {norm: torch.zeros(7)} if what == "norm" else {matrix: tensors[matrix][:, :, None, None]}
+    path = write.save("wrong", tensors | wrong)
+    pipe = control()
+    if held:
+        nbcache.load_lora(pipe, some["a"], adapter="style")
+    before = outputs(pipe)
+    with pytest.raises(LoraMismatch, match="the pipeline is as it was"):
+        nbcache.load_lora(pipe, path)
+    assert pipe.transformer.x_embedder.in_features == 4
+    assert identical(outputs(pipe), before)
+
+
+@pytest.mark.parametrize("what", ["saved over", "gone"])
+def test_an_adapter_that_stays_is_what_it_was_whatever_became_of_its_file(write, some, tmp_path, monkeypatch, what):
+    path = write.control("control", control())
+    style = tmp_path / "style.safetensors"
+    shutil.copy(some["a"], style)
+    monkeypatch.chdir(tmp_path)
+    pipe = control()
+    nbcache.load_lora(pipe, "style.safetensors", adapter="style", scale=0.5)
+    nbcache.load_lora(pipe, path, adapter="control")
+    if what == "gone":
+        style.unlink()
+        monkeypatch.chdir("/")
+    else:
+        shutil.copy(some["b"], style)
+    nbcache.unload_lora(pipe, "control")
+    expected = stock(flux(), some["a"], "style")
+    expected.set_adapters("style", 0.5)
+    assert same([flux_output(pipe.transformer)], [flux_output(expected.transformer)])
+
+
+# What others do to the pipeline meanwhile
+
+
+@pytest.mark.parametrize("how", ["set_adapters", "a scale for one call"])
+def test_padded_adapters_whose_scales_others_have_set(some, how):
+    from diffusers.utils import scale_lora_layers, unscale_lora_layers
+
+    pipe = flux()
+    pipe.enable_lora_hotswap(target_rank=8)
+    nbcache.load_lora(pipe, some["a"])
+    if how == "set_adapters":
+        pipe.set_adapters("default", 0.5)
+    else:
+        scale_lora_layers(pipe.transformer, 0)
+        unscale_lora_layers(pipe.transformer, 0)
+    assert nbcache.load_lora(pipe, some["b"]).how == "swapped"
+    assert as_stock(pipe, some["b"])
+    nbcache.set_lora(pipe, {"default": 0.25})
+    expected = stock(flux(), some["b"])
+    expected.set_adapters("default", 0.25)
+    assert same(outputs(pipe), outputs(expected))
+
+
+def test_an_adapter_that_is_trained_goes_on_being_trained(some):
+    from peft import LoraConfig
+
+    pipe = flux()
+    pipe.transformer.requires_grad_(False)
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="mine")
+
+    def trained() -> list[str]:
+        return [name for name, parameter in pipe.transformer.named_parameters() if parameter.requires_grad]
+
+    before = trained()
+    assert before
+    nbcache.load_lora(pipe, some["a"], adapter="style")
+    assert trained() == before
+    nbcache.set_lora(pipe, {"style": 0.5})
+    assert trained() == before
+    nbcache.unload_lora(pipe)
+    assert trained() == before
+
+
+def test_a_pipelines_adapters_are_not_asked_for_by_its_transformer_alone(some):
+    pipe = flux()
+    before = outputs(pipe)
+    nbcache.load_lora(pipe, some["a"])
+    for call in (
+        lambda: nbcache.load_lora(pipe.transformer, some["b"]),
+        lambda: nbcache.set_lora(pipe.transformer, {"default": 0.5}),
+        lambda: nbcache.unload_lora(pipe.transformer),
+    ):
+        with pytest.raises(LoraError, match="loaded into the pipeline that it is part of"):
+            call()
+    assert as_stock(pipe, some["a"])
+    nbcache.load_lora(pipe, some["b"])
+    assert as_stock(pipe, some["b"])
+    nbcache.unload_lora(pipe)
+    assert identical(outputs(pipe), before)
+
+
 # Other models in the pipeline's places
 
 
@@ -319,6 +438,21 @@ def test_a_transformer_that_came_later_gets_its_part_and_can_be_rid_of_it(whole)
     nbcache.load_lora(pipe, whole)
     assert same(outputs(pipe)[:1], outputs(stock(flux(seed=4), whole))[:1])
     assert same(outputs(pipe)[1:], outputs(stock(flux(), whole))[1:])
+
+
+def test_a_pipeline_that_lacks_the_text_encoder_of_another_leaves_it_with_its_part(whole, write):
+    one, two = flux(), flux()
+    two.transformer, two.text_encoder = one.transformer, None
+    nbcache.load_lora(one, whole)
+    nbcache.set_lora(two, {"default": 0.5})
+    nbcache.set_lora(one, {"default": 0.25})
+    expected = stock(flux(), whole)
+    expected.set_adapters("default", 0.25)
+    assert same(outputs(one), outputs(expected))
+    nbcache.load_lora(two, write.diffusers("other", flux(), rank=8))
+    nbcache.unload_lora(two)
+    nbcache.unload_lora(one)
+    assert same(outputs(one), outputs(flux()))
 
 
 def test_two_pipelines_that_share_a_transformer(whole):

@@ -157,6 +157,31 @@ def test_padded_and_compiled_swaps_compile_nothing_again(kernel, base, paths):
         assert kernel.run(f"torch.allclose(flux_output(pipe.transformer), {expected}, rtol=1e-3, atol=1e-4)"), path
 
 
+@on_gpu
+@pytest.mark.parametrize(
+    "offload",
+    [
+        "pipe.enable_sequential_cpu_offload()",
+        "pipe.enable_model_cpu_offload()",
+        "offload_in_groups(pipe.transformer, 'leaf_level', use_stream=True)",
+        "offload_in_groups(pipe.transformer, 'block_level', use_stream=True)",
+    ],
+    ids=["sequential", "model", "leaves with a stream", "blocks with a stream"],
+)
+def test_offloaded_pipelines_take_loras_as_stock(kernel, paths, offload):
+    kernel.run("from tests.support.offloading import offload_in_groups; on_cpu = torch.empty(0)")
+    kernel.run(f"def made():\n    pipe = flux(heads=16)\n    {offload}\n    return pipe")
+    kernel.run("def compute(pipe): return [flux_output(pipe.transformer, like=on_cpu).cpu()]")
+    kernel.run("pipe = made(); before = compute(pipe); None")
+    for path in (paths[0], paths[3], paths[1], paths[4]):
+        kernel.run(f"nbcache.load_lora(pipe, {path!r}); other = stock(made(), {path!r})")
+        assert kernel.run("same(compute(pipe), compute(other))"), path
+    kernel.run("pipe.fuse_lora(components=['transformer']); other.fuse_lora(components=['transformer'])")
+    assert kernel.run("same(compute(pipe), compute(other))")
+    kernel.run("pipe.unfuse_lora(components=['transformer']); nbcache.unload_lora(pipe)")
+    assert kernel.run("identical(compute(pipe), before)")
+
+
 @on_each
 def test_a_killed_kernel_leaves_its_hot_loras_to_the_next(kernel, base, paths):
     kernel.run(f"pipe = on_cached({base!r})\nfor path in {paths}: nbcache.load_lora(pipe, path)")

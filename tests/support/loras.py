@@ -116,9 +116,10 @@ def _unet_output(unet: Any, random: Any) -> torch.Tensor:
     return unet(random(1, 4, 8, 8), 3, encoder_hidden_states=hidden, added_cond_kwargs=added).sample
 
 
-def flux_output(transformer: Any) -> torch.Tensor:
+def flux_output(transformer: Any, like: torch.Tensor | None = None) -> torch.Tensor:
+    """Of inputs where, and of which dtype, the weights are; or as ``like`` is, where hooks have the weights."""
     generator = torch.Generator().manual_seed(7)
-    weight = next(transformer.parameters())
+    weight = next(transformer.parameters()) if like is None else like
     inner = getattr(transformer, "_orig_mod", transformer)
     shapes = {
         "hidden_states": (1, 6, inner.x_embedder.in_features),
