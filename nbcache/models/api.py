@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbcache.client.options import Share
 from nbcache.client.session import ProgressCallback
+from nbcache.errors import InvalidOption
 
 if TYPE_CHECKING:
     import torch
@@ -124,6 +125,11 @@ def assemble_name(
     from nbcache.checkpoints.names import find, find_config
     from nbcache.client.fill import meaning_of
 
+    if not isinstance(config, str | os.PathLike):
+        raise InvalidOption(
+            f"config: a {type(config).__name__}; here it is the folder or repository that a single-file checkpoint is like. "
+            "What differs from a folder's own configuration goes in as options, such as num_hidden_layers=1"
+        )
     text, meaning = meaning_of(name)
     folder = find(text, revision, subfolder, variant)
     config_folder = find_config(meaning_of(config)[0]) if config else ""

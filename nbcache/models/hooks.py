@@ -129,7 +129,7 @@ class Switch:
                 return stock(*args, **kwargs)
             return getattr(service, kind)(stock, *args, **kwargs)
 
-        return replacement
+        return _type_like(stock, replacement) if isinstance(stock, type) else replacement
 
     def _serving(self) -> Service | None:
         """What serves a call now; None if it is the stock function's."""
@@ -142,6 +142,25 @@ class Switch:
             with self._lock:
                 service = self._service = self._service or Service()
         return None if service.given_up else service
+
+
+class _Opening(type):
+    """Of a type that stands for another one: making one calls a function, and both kinds are its instances."""
+
+    opened_by: Function
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever the function takes and gives
+        return cls.opened_by(*args, **kwargs)
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        served = getattr(sys.modules.get("nbcache.models.served"), "ServedFile", ())
+        return isinstance(instance, (cls.__wrapped__, served))  # type: ignore[attr-defined]
+
+
+def _type_like(stock: type, function: Function) -> Function:
+    """The function as a type: annotations and ``isinstance`` go on as with the stock type."""
+    described = {name: getattr(function, name) for name in ("__module__", "__qualname__", "__doc__", "__wrapped__")}
+    return _Opening(stock.__name__, (), {**described, "opened_by": staticmethod(function)})
 
 
 def _rebind(instead: dict[int, Function]) -> None:

@@ -8,7 +8,9 @@ because building is most of what a load of a whole pipeline takes. Needs torch.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
+import threading
 from collections.abc import Iterator
 from types import FunctionType, ModuleType
 from typing import Any
@@ -25,7 +27,7 @@ LAYERS: tuple[type[nn.Module], ...] = (
 def layers_without_memory() -> Iterator[None]:
     """Have the common layers make their parameters on the meta device, rather than in memory that is given up at once.
 
-    Unless they are told a device. For as long as this lasts in the whole process, as the libraries' own patches of modules do.
+    Unless they are told a device. In this thread alone, as transformers 5 does.
     """
     with contextlib.ExitStack() as stack:
         for layer in LAYERS:
@@ -46,18 +48,24 @@ def no_values_on_meta() -> Iterator[None]:
 @contextlib.contextmanager
 def _made_on_meta(layer: type[nn.Module]) -> Iterator[None]:
     """A layer's ``device`` defaults to meta."""
-    init, defaults = layer.__init__, getattr(layer.__init__, "__defaults__", None)
-    if not isinstance(init, FunctionType) or not defaults:
+    init, thread = layer.__init__, threading.get_ident()
+    names = init.__code__.co_varnames[: init.__code__.co_argcount] if isinstance(init, FunctionType) else ()
+    if "device" not in names:
         yield  # somebody else's
         return
-    names = init.__code__.co_varnames[: init.__code__.co_argcount][-len(defaults) :]
-    init.__defaults__ = tuple(
-        "meta" if name == "device" and value is None else value for name, value in zip(names, defaults, strict=True)
-    )
+    before = names.index("device") - 1  # and self is not counted
+
+    @functools.wraps(init)
+    def made(self: nn.Module, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        if len(args) <= before and threading.get_ident() == thread:
+            kwargs.setdefault("device", "meta")
+        init(self, *args, **kwargs)
+
+    layer.__init__ = made  # type: ignore[method-assign]
     try:
         yield
     finally:
-        init.__defaults__ = defaults
+        layer.__init__ = init  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

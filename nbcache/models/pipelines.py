@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ def assemble(
         if name not in given and name not in left
     }
     dtype = supply.dtype_of("default") if left else None  # tokenizers and schedulers want none
-    with _quiet_libraries():
+    with _quiet_libraries(), _unremarked(models.values()):
         pipeline = pipeline_class.from_pretrained(
             index.folder, **models, **given, **({dtype_word(library): dtype} if dtype is not None else {})
         )
@@ -92,6 +93,22 @@ def assemble(
             notify(NotServed, f"{index.folder}: component {name} {reason}; it was loaded the ordinary way, not from the cache")
             _move(part, supply.device)
     return pipeline
+
+
+@contextlib.contextmanager
+def _unremarked(models: Collection[torch.nn.Module]) -> Iterator[None]:
+    """Without the library's remark on each of these, that it cannot tell whether what was passed is of the right class."""
+    logger = logging.getLogger("diffusers.pipelines.pipeline_loading_utils")
+    beginnings = tuple(f"You have passed a non-standard module {type(model).__name__}(" for model in models)
+
+    def is_to_be_said(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(beginnings)
+
+    logger.addFilter(is_to_be_said)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_to_be_said)
 
 
 def _pipeline_class(library: Any, index: PipelineIndex, chosen: type[Any] | str | None) -> type[Any]:  # noqa: ANN401

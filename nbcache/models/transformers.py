@@ -91,7 +91,7 @@ def assemble(
     # A slab that is cast as a whole will do only where nothing stays in float32.
     whole = not _may_keep_fp32(cls, config)
     tensors = dict(supply.weights(source or weights_path(folder, variant), dtype if whole else None))
-    with building, _no_warmup(library), _without_detours(library):
+    with building, _no_warmup(library), _without_detours(library), _reported_as(library, known_as or folder):
         model, report = cls.from_pretrained(
             None,
             config=config,
@@ -173,6 +173,25 @@ def _no_warmup(library: Any) -> Iterator[None]:  # noqa: ANN401
         yield
     finally:
         module.caching_allocator_warmup = stock
+
+
+@contextlib.contextmanager
+def _reported_as(library: Any, name: str) -> Iterator[None]:  # noqa: ANN401
+    """What the library tells of keys that are missing or left over names what they are of."""
+    module = library.modeling_utils
+    stock = getattr(module, "log_state_dict_report", None)
+    if stock is None:
+        yield
+        return
+
+    def report(**details: Any) -> Any:  # noqa: ANN401
+        return stock(**details | {"pretrained_model_name_or_path": name})
+
+    module.log_state_dict_report = report
+    try:
+        yield
+    finally:
+        module.log_state_dict_report = stock
 
 
 @contextlib.contextmanager

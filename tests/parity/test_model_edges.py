@@ -283,3 +283,41 @@ def test_two_repositories_with_the_same_shards_are_one_entry(tmp_path):
         (snapshot / "model.safetensors.index.json").symlink_to(blobs / ("3" * 40))
         assert set(nbcache.load(snapshot, device="cpu")) == {"t1", "t2"}
     assert len(nbcache.status().entries) == 1
+
+
+def test_a_component_that_stands_beside_its_pipeline_is_not_remarked_upon(copy, caplog):
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+
+    folder = copy("sd")
+    sizes = {"hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 2, "num_hidden_layers": 1, "projection_dim": 16}
+    vision = {**sizes, "image_size": 16, "patch_size": 8}
+    checker = StableDiffusionSafetyChecker(
+        transformers.CLIPConfig(text_config={**sizes, "vocab_size": 99}, vision_config=vision, projection_dim=16)
+    )
+    checker.save_pretrained(folder / "safety_checker")
+    transformers.CLIPImageProcessor(size={"shortest_edge": 16}).save_pretrained(folder / "feature_extractor")
+    edit(
+        folder / "model_index.json",
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+        feature_extractor=["transformers", "CLIPImageProcessor"],
+    )
+    for _ in range(2):
+        pipe = nbcache.load_model(folder, device="cpu")
+        assert same_tensors(pipe.safety_checker, checker)
+    assert "non-standard module" not in caplog.text
+    given = nbcache.load_model(folder, device="cpu", safety_checker=checker)  # which the library cannot vouch for either way
+    assert given.safety_checker is checker
+    assert "non-standard module" in caplog.text
+
+
+def test_what_is_told_of_missing_keys_names_the_folder(written, caplog):
+    nbcache.load_model(written / "bert", device="cpu", model_class="AutoModelForSequenceClassification", num_labels=3)
+    assert str(written / "bert") in caplog.text
+    assert "None" not in caplog.text.partition("\n")[0]
+
+
+def test_a_configuration_in_the_place_of_a_name_is_refused(written):
+    config = transformers.AutoConfig.from_pretrained(written / "llama", num_hidden_layers=1)
+    with pytest.raises(InvalidOption, match=r"a LlamaConfig; here it is the folder .* such as num_hidden_layers=1"):
+        nbcache.load_model(written / "llama", device="cpu", config=config)
+    assert load(written / "llama", num_hidden_layers=1).config.num_hidden_layers == 1

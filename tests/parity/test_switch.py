@@ -50,6 +50,28 @@ def bound():
     return only
 
 
+@pytest.mark.usefixtures("runtime_dir")
+def test_what_opens_files_is_a_type_as_before(path):
+    nbcache.enable()
+    try:
+        kind = safetensors.safe_open
+        with kind(path, "pt") as file:
+            assert isinstance(file, kind)
+            assert file.keys()
+        with STOCK.open(path, "np") as file:
+            assert isinstance(file, kind)
+        assert not isinstance(path, kind)
+        assert (kind | None).__args__ == (kind, type(None))
+        assert (kind.__name__, kind.__module__, kind.__doc__) == (
+            STOCK.open.__name__,
+            STOCK.open.__module__,
+            STOCK.open.__doc__,
+        )
+    finally:
+        nbcache.disable()
+    assert safetensors.safe_open is STOCK.open
+
+
 def test_on_off_and_again():
     assert not bound()
     nbcache.enable()

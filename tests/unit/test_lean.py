@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import threading
 from types import ModuleType
 
 import pytest
@@ -28,6 +29,20 @@ def test_layers_are_made_without_memory_and_then_as_before():
         raise ZeroDivisionError
     assert [(layer.__init__, layer.__init__.__defaults__, layer.reset_parameters) for layer in lean.LAYERS] == inits
     assert not any(parameter.is_meta for parameter in Model().parameters())
+
+
+def test_layers_of_other_threads_have_memory_meanwhile():
+    made = []
+    with lean.layers_without_memory():
+        thread = threading.Thread(
+            target=lambda: made.append(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Conv2d(1, 2, 3)))
+        )
+        thread.start()
+        thread.join()
+        assert nn.Linear(3, 4).weight.is_meta
+        assert not nn.Linear(3, 4, True, "cpu").weight.is_meta
+    assert not any(parameter.is_meta for parameter in made[0].parameters())
+    assert 0 < made[0][0].weight.abs().max() <= 3**-0.5
 
 
 def test_patterns_are_compiled_when_they_are_used():
