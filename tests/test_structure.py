@@ -173,6 +173,7 @@ INNER_RANKS: dict[str, dict[str, int]] = {
         "proof": 3,
         "peers": 0,
         "traces": 0,
+        "late": 2,
         "forked": 4,
         "supervision": 5,
         "visitor": 6,

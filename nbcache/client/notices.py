@@ -30,6 +30,10 @@ class LoraIncomplete(UserWarning):
     """The pipeline lacks some of a LoRA's modules; they were left out."""
 
 
+class SetTooLate(UserWarning):
+    """A cell has set what a package would have read when it was imported, and the package was imported ahead."""
+
+
 def notify(category: type[UserWarning], message: str) -> None:
     """Warn at the nearest caller outside this package."""
     level, frame = 1, sys._getframe()

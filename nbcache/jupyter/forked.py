@@ -25,10 +25,10 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any, NoReturn, TextIO
 
-from nbcache.jupyter import handover, proof, traces
+from nbcache.jupyter import handover, late, proof, traces
 from nbcache.jupyter.peers import Peers
 
 ABOVE = 200
@@ -88,11 +88,17 @@ class Birth:
             self._job.send(packet[: handover.MAX_PACKET_BYTES])
 
 
-def live(job: socket.socket, prepare: Callable[[], None] | None, variables: Mapping[str, str], anew: Iterable[str]) -> NoReturn:
+def live(
+    job: socket.socket,
+    prepare: Callable[[], None] | None,
+    variables: Mapping[str, str],
+    anew: Iterable[str],
+    ahead: Set[str],
+) -> NoReturn:
     """What a forked process does with its life. ``prepare`` is done before the request comes, if given.
 
     ``variables`` are those that a kernel's own modules set in its environment when they are imported; ``anew`` the modules that
-    it is to import itself, if it wants them.
+    it is to import itself, if it wants them; ``ahead`` the packages that an ordinary kernel would not have imported yet.
     """
     birth, writers = Birth(job), traces.Writers()
     try:
@@ -104,7 +110,7 @@ def live(job: socket.socket, prepare: Callable[[], None] | None, variables: Mapp
         os.environ.update(variables)
         forget_modules(anew)
         birth.watch()
-        _adapt_kernel(lambda: birth.tell(handover.SERVING), request.born, writers)
+        _adapt_kernel(lambda: birth.tell(handover.SERVING), request.born, writers, ahead)
     except Exception as error:  # noqa: BLE001 - told to the zygote
         birth.tell(handover.FAILED + f"{type(error).__name__}: {error}".encode(errors="replace"))
         traceback.print_exc()
@@ -220,12 +226,12 @@ def _open_stream(number: int, name: str, old: TextIO | None) -> TextIO:
     return stream
 
 
-def _adapt_kernel(tell: Callable[[], None], born: float, writers: traces.Writers) -> None:
+def _adapt_kernel(tell: Callable[[], None], born: float, writers: traces.Writers, ahead: Set[str]) -> None:
     """Prepare ipykernel for a kernel that was forked. The class is as it was once the kernel has started.
 
     The kernel that starts next calls ``tell`` once it has opened its ports, minds its :class:`Peers`, and does not look after
     its parent: that is not who started it, and ipykernel would end it as soon as the zygote is gone. That it was started by
-    Jupyter, it still knows. ``writers`` are those to the zygote's streams.
+    Jupyter, it still knows. ``writers`` are those to the zygote's streams; ``ahead`` is for :mod:`nbcache.jupyter.late`.
     """
     from ipykernel.kernelapp import IPKernelApp
 
@@ -240,6 +246,7 @@ def _adapt_kernel(tell: Callable[[], None], born: float, writers: traces.Writers
     _after_next(IPKernelApp, "init_heartbeat", lambda app: tell())
     _after_next(IPKernelApp, "init_io", lambda app: writers.hand_over())
     _after_next(IPKernelApp, "init_kernel", lambda app: peers.mind(app.kernel))
+    _after_next(IPKernelApp, "init_shell", lambda app: late.watch(app.shell, ahead) if app.shell else None)
 
 
 def _after_next(cls: type[Any], name: str, then: Callable[[Any], None]) -> None:

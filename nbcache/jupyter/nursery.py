@@ -235,7 +235,8 @@ class Nursery:
             self._spare = self._fork(self._prepare)
 
     def _fork(self, prepare: Callable[[], None] | None) -> Child:
-        child = fork_child(self._forget, prepare, self._preloaded.variables, self._preloaded.shell_askers)
+        done = self._preloaded
+        child = fork_child(self._forget, prepare, done.variables, done.shell_askers, self._ahead)
         self._children[child.pid] = child
         self._selector.register(child.pidfd, selectors.EVENT_READ, lambda: self._bury(child))
         self._selector.register(child.job, selectors.EVENT_READ, lambda: self._hear_child(child))

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from functools import partial
 from typing import NoReturn
 
@@ -56,13 +56,19 @@ class Child:
         return status
 
 
-def fork_child(forget: Forget, prepare: Callable[[], None] | None, variables: Mapping[str, str], anew: Iterable[str]) -> Child:
+def fork_child(
+    forget: Forget,
+    prepare: Callable[[], None] | None,
+    variables: Mapping[str, str],
+    anew: Iterable[str],
+    ahead: Set[str],
+) -> Child:
     """Fork a process that waits for a job. OSError if the system refuses one. The rest: :func:`nbcache.jupyter.forked.live`."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         pid = proof.fork()
         if not pid:
-            _live(ours, theirs, forget, partial(forked.live, theirs, prepare, variables, anew))
+            _live(ours, theirs, forget, partial(forked.live, theirs, prepare, variables, anew, ahead))
         theirs.close()
         return Child(pid, ours)
     except BaseException:
