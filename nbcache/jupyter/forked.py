@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any, NoReturn, TextIO
 
 from nbcache.jupyter import handover, late, proof, traces
+from nbcache.jupyter.installed import entries_in
 from nbcache.jupyter.peers import Peers
 
 ABOVE = 200
@@ -105,6 +106,7 @@ def live(
         if prepare is not None:
             prepare()
         request = birth.wait()
+        follow_path(request.directory)
         inherit(request)
         begin_anew(request)
         os.environ.update(variables)
@@ -132,6 +134,12 @@ def take_descriptors(received: list[int], numbers: list[int]) -> None:
         os.close(fd)
     for number in {0, 1, 2} - set(numbers):
         os.close(number)
+
+
+def follow_path(directory: str) -> None:
+    """Have ``sys.path`` as in an interpreter that starts in a directory, not in this one. As site does: no entry twice."""
+    if moved := dict(zip(entries_in(os.getcwd()), entries_in(directory), strict=True)):
+        sys.path[:] = dict.fromkeys(moved.get(entry, entry) for entry in sys.path)
 
 
 def inherit(request: handover.Request) -> None:

@@ -43,6 +43,10 @@ READ_AT_IMPORT_TOO = (
 )  # fmt: skip
 NOT_AT_IMPORT = ("CUDA_VISIBLE_DEVICES",)
 """Read when the GPU is first used, which a zygote never does."""
+PATHS = ("HOME", "DIR", "BASE", "_CACHE", "TMP", "TEMP", "MATPLOTLIBRC")
+"""Ends of the names of variables that hold a path."""
+FOLLOWED = ("PATH", "PYTHONPATH")
+"""Lists of paths that a forked kernel looks at itself, from its own directory."""
 SETTINGS = ("NBCACHE_PRELOAD", "NBCACHE_STANDBY", "NBCACHE_ZYGOTE_IDLE_S")
 
 ACCEPTED, GO, SERVING, LEAVE, REPORT = b"accepted", b"go", b"serving", b"leave", b"report"
@@ -198,6 +202,17 @@ def is_read_at_import(name: str) -> bool:
     if name in NOT_AT_IMPORT:
         return False
     return name.startswith(READ_AT_IMPORT) or name in READ_AT_IMPORT_TOO or name in SETTINGS
+
+
+def relative_setting() -> str:
+    """A variable read at import whose value is a path from here, and from a zygote another; empty if there is none."""
+    for name, value in os.environ.items():
+        is_path = value.startswith(("./", "../")) or value in (".", "..")
+        if name.endswith(PATHS) and value and not value.isdigit():  # which would be a switch
+            is_path = not value.startswith(("/", "~"))
+        if is_path and name not in FOLLOWED and is_read_at_import(name):
+            return name
+    return ""
 
 
 def _text_of(path: str) -> str:

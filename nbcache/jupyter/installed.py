@@ -21,6 +21,8 @@ OWN = "nbcache"
 """Imported from wherever it is: whoever runs it has it installed, or works on it."""
 
 SUFFIXES = (".py", ".so", ".pyc")
+STARTUP = frozenset({"sitecustomize", "usercustomize"})
+"""What an interpreter imports when it starts, if it is there."""
 
 Stamp = tuple[int, int, int]
 
@@ -85,6 +87,13 @@ def _holds_distributions(folder: str) -> bool:
 def is_below(path: str, folders: Iterable[str]) -> bool:
     """Whether a file lies in one of the folders."""
     return path.startswith(tuple(folder.rstrip("/") + "/" for folder in folders))
+
+
+def entries_in(directory: str) -> list[str]:
+    """What PYTHONPATH names relative to the directory that an interpreter is started in, as folders if that is this one."""
+    named = "" if sys.flags.ignore_environment else os.environ.get("PYTHONPATH", "")
+    entries = named.split(os.pathsep) if named else []  # an empty one among others is the directory itself
+    return [os.path.abspath(os.path.join(directory, entry)) for entry in entries if not os.path.isabs(entry)]
 
 
 CONFIGURED_HERE = {"matplotlib": "matplotlibrc", "numba": ".numba_config.yaml"}

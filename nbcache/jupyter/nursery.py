@@ -19,7 +19,16 @@ from collections.abc import Callable
 from nbcache import settings
 from nbcache.jupyter import handover
 from nbcache.jupyter.experience import by_package
-from nbcache.jupyter.installed import Snapshot, configuration_files, configured_in, installed_folders, shadowed
+from nbcache.jupyter.installed import (
+    STARTUP,
+    Snapshot,
+    configuration_files,
+    configured_in,
+    entries_in,
+    installed_folders,
+    shadowed,
+    top_level,
+)
 from nbcache.jupyter.preload import Preloaded
 from nbcache.jupyter.supervision import Child, fork_child
 from nbcache.jupyter.visitor import Visitor
@@ -182,6 +191,8 @@ class Nursery:
             return "another environment"
         if path := shadowed([request.directory, *self._user_folders], self._ahead):
             return f"{path} comes before an installed module of that name"
+        if path := shadowed(entries_in(request.directory), top_level(sys.modules) | STARTUP):  # they come before all else
+            return f"{path} comes before what was imported here"
         if path := configured_in(request.directory):
             return f"{path} is for a package that was imported elsewhere"
         return ""

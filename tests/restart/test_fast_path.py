@@ -208,9 +208,7 @@ def test_a_changed_file_a_new_installation_and_a_shadow_mean_an_ordinary_kernel(
     notebooks.mkdir()
     (notebooks / "slow_one.py").write_text("value = 'mine'")
     with Kernel("nbcache", own_specs) as kernel:
-        kernel._runner.run(kernel._kernel.shutdown_kernel())
-        kernel._runner.run(kernel._kernel.start_kernel(env=kernel._environment, cwd=str(notebooks)))
-        kernel._runner.run(kernel._connect())
+        kernel.restart_in(notebooks)
         assert not is_forked(kernel)
         assert kernel.run("import slow_one; slow_one.value") == "'mine'"
 

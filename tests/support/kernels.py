@@ -158,6 +158,12 @@ class Kernel:
         await self._kernel.restart_kernel(now=self._process.poll() is not None)
         await self._connect()
 
+    def restart_in(self, directory: Path) -> None:
+        """End it, and start it in a directory, where it is restarted from then on."""
+        self._runner.run(self._kernel.shutdown_kernel())
+        self._runner.run(self._kernel.start_kernel(env=self._environment, cwd=str(directory)))
+        self._runner.run(self._connect())
+
     def kill(self) -> None:
         """End the kernel with SIGKILL, and wait until it is gone."""
         self._process.kill()

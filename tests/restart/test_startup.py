@@ -1,0 +1,96 @@
+"""What an interpreter finds when it starts, by its directory and environment: a kernel is as if it did, or is not forked."""
+
+from __future__ import annotations
+
+import os
+import timeit
+from pathlib import Path
+
+import pytest
+
+from nbcache.jupyter import handover
+from tests.restart.test_fast_path import environment, own_specs  # noqa: F401
+from tests.support.kernels import Kernel
+from tests.support.zygotes import is_forked, processes_of, start_zygote
+
+
+@pytest.fixture
+def projects(environment, own_specs, monkeypatch, tmp_path) -> list[Path]:  # noqa: F811
+    """Two directories with a module each, which PYTHONPATH names relative to them; and a zygote that is ready."""
+    monkeypatch.setenv("NBCACHE_PRELOAD", "")
+    monkeypatch.setenv("PYTHONPATH", f"src:{environment}:lib/../.:")
+    found = [tmp_path / "one", tmp_path / "two"]
+    for project in found:
+        (project / "src").mkdir(parents=True)
+        (project / "src" / "mine.py").write_text(f"value = {project.name!r}")
+    start_zygote(own_specs)
+    return found
+
+
+def test_a_relative_path_is_one_from_the_kernels_directory(projects, own_specs):  # noqa: F811
+    with Kernel("nbcache", own_specs) as kernel, Kernel("ordinary", own_specs) as ordinary:
+        for project in projects:
+            for each in (kernel, ordinary):
+                each.restart_in(project)
+            assert is_forked(kernel) and not is_forked(ordinary)
+            paths = [each.run("import sys; sys.path") for each in (kernel, ordinary)]
+            assert paths[0] == paths[1]
+            assert str(project / "src") in paths[0]
+            assert kernel.run("import mine; mine.value") == repr(project.name)
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [("sitecustomize", "import sys\nsys.mine = True"), ("timeit", Path(timeit.__file__).read_text() + "\nsys.mine = True\n")],
+)
+def test_a_relative_path_comes_before_all_that_an_interpreter_imports(projects, own_specs, name, source):  # noqa: F811
+    with Kernel("nbcache", own_specs) as kernel:
+        (projects[0] / "src" / f"{name}.py").write_text(source)
+        kernel.restart_in(projects[0])
+        assert not is_forked(kernel)
+        assert kernel.run(f"import sys, {name}; sys.mine") == "True"
+        kernel.restart_in(projects[1])
+        assert is_forked(kernel)
+
+
+@pytest.mark.parametrize(("name", "path"), [("HF_HOME", "cache"), ("MPLCONFIGDIR", "./mpl")])
+def test_a_setting_that_is_relative_to_the_directory_means_an_ordinary_kernel(
+    environment,  # noqa: F811
+    own_specs,  # noqa: F811
+    monkeypatch,
+    tmp_path,
+    name,
+    path,
+):
+    monkeypatch.setenv(name, path)
+    with Kernel("nbcache", own_specs) as kernel:
+        kernel.restart()
+        assert not is_forked(kernel)
+        assert not processes_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("HF_HOME", "cache", True),
+        ("HF_HOME", "/cache", False),
+        ("HF_HOME", "~/cache", False),
+        ("HF_HOME", "", False),
+        ("MPLCONFIGDIR", "mpl", True),
+        ("PYTHONUSERBASE", "..", True),
+        ("LD_LIBRARY_PATH", "./lib:/usr/lib", True),
+        ("LD_LIBRARY_PATH", "/usr/lib:", False),
+        ("HF_ENDPOINT", "https://here", False),
+        ("TORCHINDUCTOR_FX_GRAPH_CACHE", "1", False),
+        ("OMP_PROC_BIND", "close", False),
+        ("TZ", "Europe/Berlin", False),
+        ("PYTHONPATH", "./src", False),
+        ("PATH", "./bin:/bin", False),
+        ("NOT_READ_AT_IMPORT_DIR", "./here", False),
+    ],
+)
+def test_which_settings_are_relative(monkeypatch, name, value, expected):
+    for other in list(os.environ):
+        monkeypatch.delenv(other)
+    monkeypatch.setenv(name, value)
+    assert handover.relative_setting() == (name if expected else "")
