@@ -118,8 +118,41 @@ def configuration_files() -> list[str]:
     return [os.path.join(folder, name) for name in ("matplotlibrc", "stylelib")]
 
 
+def site_folders() -> list[str]:
+    """Folders that an interpreter adds to its path when it starts, with what their ``.pth`` files name, if they are there."""
+    return [*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])]
+
+
+def _absent_folders() -> set[str]:
+    """What would be on the path, were it there: entries of it, and what ``.pth`` files name."""
+    named = [os.path.abspath(entry) for entry in sys.path]
+    for folder in site_folders():
+        for file in _pth_files(folder):
+            named += [os.path.abspath(os.path.join(folder, line)) for line in _lines_of(file)]
+    return {path for path in named if not os.path.exists(path)}
+
+
+def _pth_files(folder: str) -> list[str]:
+    try:
+        return [f"{folder}/{name}" for name in os.listdir(folder) if name.endswith(".pth")]
+    except OSError:
+        return []
+
+
+def _lines_of(pth: str) -> list[str]:
+    """The lines of a ``.pth`` file that name folders."""
+    try:
+        with open(pth, encoding="utf-8-sig", errors="surrogateescape") as file:
+            return [line for text in file if (line := text.rstrip()) and not line.startswith(("#", "import ", "import\t"))]
+    except OSError:
+        return []
+
+
 class Snapshot:
-    """The files that this process has imported and the folders they can come from, as they were; and others, there or not."""
+    """The files that this process has imported and the folders they can come from, as they were; and others, there or not.
+
+    Folders are among them that were not there, and would be on the path if they had been.
+    """
 
     def __init__(self, others: Iterable[str] = ()) -> None:
         self._stamps = {path: _stamp(path) for path in (*self._watched(), *others)}
@@ -127,9 +160,10 @@ class Snapshot:
     def _watched(self) -> set[str]:
         files = {file for module in list(sys.modules.values()) if isinstance(file := getattr(module, "__file__", None), str)}
         folders = {folder for folder in sys.path if folder and os.path.isdir(folder) and _holds_distributions(folder)}
-        pth = {f"{folder}/{name}" for folder in folders for name in os.listdir(folder) if name.endswith(".pth")}
+        folders.update(site_folders())
+        pth = {file for folder in folders for file in _pth_files(folder)}
         venv = os.path.join(sys.prefix, "pyvenv.cfg")
-        return {*files, *_mapped_libraries(), *folders, *pth, venv, sys.executable}
+        return {*files, *_mapped_libraries(), *folders, *pth, *_absent_folders(), venv, sys.executable}
 
     def __len__(self) -> int:
         return len(self._stamps)
@@ -145,7 +179,7 @@ class Snapshot:
 def _stamp(path: str) -> Stamp | None:
     try:
         found = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # a .pth file may hold anything
         return None
     return found.st_mtime_ns, found.st_size, found.st_ino
 

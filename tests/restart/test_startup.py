@@ -3,15 +3,71 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import sysconfig
 import timeit
 from pathlib import Path
 
 import pytest
 
-from nbcache.jupyter import handover
+from nbcache.jupyter import handover, installed
 from tests.restart.test_fast_path import environment, own_specs  # noqa: F401
-from tests.support.kernels import Kernel
-from tests.support.zygotes import is_forked, processes_of, start_zygote
+from tests.support.kernels import REPOSITORY, Kernel
+from tests.support.zygotes import is_forked, processes_of, start_zygote, zygote
+
+
+@pytest.fixture
+def with_user_site(environment, own_specs, monkeypatch, tmp_path) -> Path:  # noqa: F811
+    """The site folder of a virtual environment that has a user's one too, and whose kernel is ``nbcache`` for the test."""
+    monkeypatch.setenv("NBCACHE_PRELOAD", "")
+    monkeypatch.setenv("PYTHONUSERBASE", str(tmp_path / "user"))
+    command = [sys.executable, "-m", "venv", "--system-site-packages", "--without-pip", str(tmp_path / "venv")]
+    subprocess.run(command, check=True)
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv")}))
+    (site / "all_that_this_one_has.pth").write_text("\n".join(filter(os.path.isdir, [str(REPOSITORY), *sys.path])))
+    spec = own_specs / "nbcache" / "kernel.json"
+    spec.write_text(spec.read_text().replace(sys.executable, str(tmp_path / "venv" / "bin" / "python")))
+    return site
+
+
+def test_a_first_installation_for_the_user_is_seen(with_user_site, own_specs, tmp_path):  # noqa: F811
+    users = Path(sysconfig.get_path("purelib", "posix_user", vars={"userbase": str(tmp_path / "user")}))
+    _comes_later(own_specs, users)
+
+
+def test_a_folder_that_a_pth_file_names_is_seen_when_it_is_made(with_user_site, own_specs, tmp_path):  # noqa: F811
+    (with_user_site / "later.pth").write_text("# none\n\nimport sys\n../../../../later\n")
+    _comes_later(own_specs, tmp_path / "later")
+
+
+def _comes_later(specs: Path, folder: Path) -> None:
+    """A folder of modules is made while a kernel runs, and the next one has them."""
+    first = start_zygote(specs)
+    with Kernel("nbcache", specs) as kernel:
+        assert is_forked(kernel)
+        assert kernel.try_run("import late").error.startswith("ModuleNotFoundError")
+        folder.mkdir(parents=True)
+        (folder / "late.py").write_text("value = 1")
+        for is_second in (False, True):
+            kernel.restart()
+            assert is_forked(kernel) is is_second
+            assert kernel.run("import late; late.value") == "1"
+            assert zygote().pid != first.pid
+
+
+@pytest.mark.parametrize("line", ["late", "../late  ", "/no/such/late", "\0", "\udcff"])
+def test_a_snapshot_watches_what_is_not_there(tmp_path, monkeypatch, line):
+    site, on_path = tmp_path / "site", tmp_path / "on_path"
+    site.mkdir()
+    (site / "late.pth").write_text(f"import nothing\n# nor this\n{line}\n", errors="surrogateescape")
+    monkeypatch.setattr(installed.site, "getsitepackages", lambda: [str(site), str(tmp_path / "site2")])
+    monkeypatch.syspath_prepend(str(on_path))
+    for late in (on_path, tmp_path / "site2", *([site / line.rstrip()] if "late" in line[:7] else [])):
+        snapshot = installed.Snapshot()
+        assert snapshot.changed() is None
+        late.mkdir()
+        assert snapshot.changed() in (str(late), os.path.normpath(late), str(site))
 
 
 @pytest.fixture
