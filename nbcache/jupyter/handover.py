@@ -29,20 +29,28 @@ OWN_FLAGS = ("-I", "-P", "-S")
 """What kernelspecs put before the launcher for its own sake; the kernel's interpreter does not get it."""
 
 READ_AT_IMPORT = (
-    "PYTHON", "LD_", "LC_", "LANG", "TORCH", "PYTORCH_", "AOT_", "INDUCTOR_", "HF_", "HUGGING", "TRANSFORMERS_", "DIFFUSERS_",
-    "ACCELERATE_", "TOKENIZERS_", "DATASETS_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "GOTO_", "BLIS_", "NUMEXPR_",
-    "NUMBA_", "NPY_", "NUMPY_", "SCIPY_", "SKLEARN_", "PANDAS_", "SYMPY_", "JOBLIB_", "LOKY_", "DASK_", "FSSPEC_", "MPL",
-    "MATPLOTLIB", "PILLOW_", "TQDM_", "JUPYTER_WIDGETS_", "CUDA_", "NVIDIA_", "CUPY_", "NCCL_", "TRITON_", "XFORMERS_", "BNB_",
-    "BITSANDBYTES_", "TF_", "JAX_", "XLA_", "KERAS_", "USE_", "PROTOCOL_BUFFERS_", "GLIBC_", "MALLOC_", "XDG_CACHE",
-    "XDG_CONFIG", "XDG_DATA", "CONDA_", "VIRTUAL_ENV",
+    "PYTHON", "LD_", "LC_", "LANG", "TORCH", "PYTORCH_", "AOT", "INDUCTOR_", "ATEN_", "KINETO_", "CUTLASS_", "CUTEDSL_",
+    "PARTITIONER_", "PT2_", "HF_", "HUGGING", "TRANSFORMERS_", "DIFFUSERS_", "ACCELERATE_", "TOKENIZERS_", "DATASETS_", "SM_",
+    "OAUTH_", "OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "OPENBLAS_", "GOTO_", "BLIS_", "NUMEXPR_", "NUMBA_", "NPY_",
+    "NUMPY_", "SCIPY_", "SKLEARN_", "PANDAS_", "MODIN_", "POLARS_", "ARROW_", "SYMPY_", "MPMATH_", "JOBLIB_", "LOKY_", "DASK_",
+    "RAY_", "FSSPEC_", "ZARR_", "HDF5_", "GDAL_", "PROJ_", "MPL", "MATPLOTLIB", "PLOTLY_", "PYVISTA_", "PILLOW_", "IMAGEIO_",
+    "OPENCV_", "PYOPENGL_", "MUJOCO_", "SDL_", "PYGAME_", "TQDM_", "LOGURU_", "PYDANTIC_", "SQLALCHEMY_", "GRADIO_", "WANDB_",
+    "NLTK_", "JUPYTER_WIDGETS_", "IPYTHON_", "TRAITLETS_", "PYDEVD_", "DEBUGPY_", "GEVENT_", "PYZMQ_", "TORNADO_", "PSUTIL_",
+    "CUDA_", "CUDNN_", "CUBLAS_", "NVIDIA_", "CUPY_", "NCCL_", "TRITON_", "XFORMERS_", "FLASH", "VLLM_", "DS_", "BNB_",
+    "BITSANDBYTES_", "TF_", "JAX", "EQX_", "FLAX_", "XLA_", "KERAS_", "DGL", "PYTENSOR_", "THEANO_", "USE_",
+    "PROTOCOL_BUFFERS_", "GRPC_", "OPENSSL_", "CRYPTOGRAPHY_", "SETUPTOOLS_", "GLIBC_", "MALLOC_", "XDG_CACHE", "XDG_CONFIG",
+    "XDG_DATA", "CONDA_", "VIRTUAL_ENV",
 )  # fmt: skip
-"""Beginnings of the names of variables that libraries read when they are imported."""
+"""Beginnings of the names of variables that libraries read when they are imported, or loaded."""
 READ_AT_IMPORT_TOO = (
-    "HOME", "USER", "LOGNAME", "PATH", "TZ", "TZDIR", "TMPDIR", "TMP", "TEMP", "DEBUGPY_LOG_DIR", "DISABLE_TELEMETRY",
-    "DO_NOT_TRACK",
+    "HOME", "USER", "LOGNAME", "PATH", "TZ", "TZDIR", "TMPDIR", "TMP", "TEMP", "DISABLE_TELEMETRY", "DO_NOT_TRACK",
+    "JUPYTER_ALLOW_INSECURE_WRITES", "JUPYTER_PLATFORM_DIRS", "QT_API", "EAGER_IMPORT", "SPACE_ID", "OPENID_PROVIDER_URL",
+    "FAKE_ALLOW_META", "FX_PATCH_GETITEM", "UNSAFE_SKIP_FSDP_MODULE_GUARDS",
 )  # fmt: skip
-NOT_AT_IMPORT = ("CUDA_VISIBLE_DEVICES",)
-"""Read when the GPU is first used, which a zygote never does."""
+READ_AT_STARTUP = ("COVERAGE_PROCESS_", "COV_CORE_", "AUTOWRAPT_", "PYTHONHUNTER", "PYTHONMANHOLE")
+"""Beginnings of the names of variables that have packages do something in every interpreter that starts, by a ``.pth`` file."""
+NOT_AT_IMPORT = ("CUDA_VISIBLE_DEVICES", "DEBUGPY_ADAPTER_ENDPOINTS")
+"""Read when the GPU is first used, which a zygote never does, or when the debugger is; an editor sets it for each window."""
 PATHS = ("HOME", "DIR", "BASE", "_CACHE", "TMP", "TEMP", "MATPLOTLIBRC")
 """Ends of the names of variables that hold a path."""
 FOLLOWED = ("PATH", "PYTHONPATH")
@@ -201,18 +209,26 @@ def is_read_at_import(name: str) -> bool:
     """Whether a library may have read this variable by the time that it is imported."""
     if name in NOT_AT_IMPORT:
         return False
-    return name.startswith(READ_AT_IMPORT) or name in READ_AT_IMPORT_TOO or name in SETTINGS
+    return name.startswith(READ_AT_IMPORT + READ_AT_STARTUP) or name in READ_AT_IMPORT_TOO or name in SETTINGS
 
 
-def relative_setting() -> str:
-    """A variable read at import whose value is a path from here, and from a zygote another; empty if there is none."""
+def means_ordinary() -> str:
+    """A variable for which each kernel must be a process that was started for it; empty if there is none.
+
+    It is read by what runs whenever an interpreter starts; or when something is imported, and is a path from this directory.
+    """
     for name, value in os.environ.items():
-        is_path = value.startswith(("./", "../")) or value in (".", "..")
-        if name.endswith(PATHS) and value and not value.isdigit():  # which would be a switch
-            is_path = not value.startswith(("/", "~"))
-        if is_path and name not in FOLLOWED and is_read_at_import(name):
+        if value and (name.startswith(READ_AT_STARTUP) or (_is_relative(name, value) and is_read_at_import(name))):
             return name
     return ""
+
+
+def _is_relative(name: str, value: str) -> bool:
+    if name in FOLLOWED:
+        return False
+    if name.endswith(PATHS) and not value.isdigit():  # which would be a switch
+        return not value.startswith(("/", "~"))
+    return value.startswith(("./", "../")) or value in (".", "..")
 
 
 def _text_of(path: str) -> str:

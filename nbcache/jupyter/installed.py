@@ -200,6 +200,15 @@ def top_level(names: Iterable[str]) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
+def own_startup_code() -> str:
+    """The file of the user's own code that this interpreter ran when it started; empty if there is none."""
+    for name in sorted(STARTUP & sys.modules.keys()):
+        file = str(getattr(sys.modules[name], "__file__", None) or "")
+        if file and (name == "usercustomize" or not is_below(os.path.abspath(file), installed_folders())):
+            return file
+    return ""
+
+
 def shadowed(folders: Iterable[str], names: set[str]) -> str | None:
     """The first module in these folders with the name of an imported one, which an ordinary kernel would have found first."""
     for folder in folders:

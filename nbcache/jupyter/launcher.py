@@ -231,7 +231,7 @@ def await_ports(arguments: list[str]) -> None:
 
 def start_zygote(place: handover.Place, flags: list[str]) -> None:
     """Start a zygote for the next kernels, out of this process's tree and session, unless one is there or it is off."""
-    if os.environ.get("NBCACHE_ZYGOTE_IDLE_S", "").strip() in ("0", "0.0") or handover.relative_setting():
+    if os.environ.get("NBCACHE_ZYGOTE_IDLE_S", "").strip() in ("0", "0.0") or handover.means_ordinary():
         return
     try:
         os.makedirs(place.folder, mode=0o700, exist_ok=True)

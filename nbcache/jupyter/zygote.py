@@ -22,7 +22,7 @@ from typing import NoReturn
 from nbcache import settings
 from nbcache.jupyter import handover, proof
 from nbcache.jupyter.experience import Experience, by_package, experience_path, recall, revise
-from nbcache.jupyter.installed import installed_folders
+from nbcache.jupyter.installed import installed_folders, own_startup_code
 from nbcache.jupyter.nursery import Nursery, log
 from nbcache.jupyter.preload import (
     Broken,
@@ -100,6 +100,8 @@ class Upbringing:
         lock = _lock(self.place.lock)
         if lock < 0 or (SUCCESSOR not in self._options and _is_answered(self.place.socket)):
             return
+        if file := own_startup_code():
+            raise RuntimeError(f"{file} is to run in each kernel that starts")
         prepare_environment()
         preloaded = self._import(Obituary(lock))
         settle()

@@ -29,9 +29,19 @@ from tests.support.zygotes import is_forked, processes_of, start_zygote, write_s
 SLEEP = "import time\ntime.sleep(0.3)\n"
 AT_IMPORT = [
     "PYTHONPATH", "LD_LIBRARY_PATH", "HF_HOME", "OMP_NUM_THREADS", "LC_ALL", "TZ", "CUDA_HOME", "PATH", "TMP",
-    "SKLEARN_ASSUME_FINITE", "TQDM_DISABLE", "MATPLOTLIBRC",
+    "SKLEARN_ASSUME_FINITE", "TQDM_DISABLE", "MATPLOTLIBRC", "NLTK_DATA", "PYDEVD_USE_CYTHON", "DEBUGPY_LOG_DIR",
+    "PYTENSOR_FLAGS", "MODIN_ENGINE", "DGLBACKEND", "PYOPENGL_PLATFORM", "MUJOCO_GL", "KERAS_BACKEND", "ATEN_CPU_CAPABILITY",
+    "PLOTLY_RENDERER", "MPMATH_NOGMPY", "AOTINDUCTOR_REPRO_LEVEL", "ONEDNN_VERBOSE", "PYZMQ_BACKEND", "COVERAGE_PROCESS_START",
+    "COV_CORE_SOURCE",
 ]  # fmt: skip
-NOT_AT_IMPORT = ["CUDA_VISIBLE_DEVICES", "JPY_PARENT_PID", "JPY_SESSION_NAME", "OPENAI_API_KEY", "PWD"]
+NOT_AT_IMPORT = [
+    "CUDA_VISIBLE_DEVICES",
+    "DEBUGPY_ADAPTER_ENDPOINTS",
+    "JPY_PARENT_PID",
+    "JPY_SESSION_NAME",
+    "OPENAI_API_KEY",
+    "PWD",
+]
 
 
 @pytest.fixture
@@ -463,9 +473,7 @@ def test_a_request_survives_the_journey():
     assert request.environment == dict(os.environb)
 
 
-@pytest.mark.parametrize(
-    "name", ["PYTHONPATH", "LD_LIBRARY_PATH", "HF_HOME", "OMP_NUM_THREADS", "LC_ALL", "TZ", "CUDA_HOME", "PATH"]
-)
+@pytest.mark.parametrize("name", AT_IMPORT)
 def test_variables_that_are_read_at_import_are_part_of_the_identity(name, monkeypatch):
     before = handover.identity([])
     monkeypatch.setenv(name, "/other")

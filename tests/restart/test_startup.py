@@ -7,13 +7,16 @@ import subprocess
 import sys
 import sysconfig
 import timeit
+import types
 from pathlib import Path
 
 import pytest
 
 from nbcache.jupyter import handover, installed
+from nbcache.jupyter.kernelspec import examine
 from tests.restart.test_fast_path import environment, own_specs  # noqa: F401
 from tests.support.kernels import REPOSITORY, Kernel
+from tests.support.waiting import eventually
 from tests.support.zygotes import is_forked, processes_of, start_zygote, zygote
 
 
@@ -109,8 +112,10 @@ def test_a_relative_path_comes_before_all_that_an_interpreter_imports(projects, 
         assert is_forked(kernel)
 
 
-@pytest.mark.parametrize(("name", "path"), [("HF_HOME", "cache"), ("MPLCONFIGDIR", "./mpl")])
-def test_a_setting_that_is_relative_to_the_directory_means_an_ordinary_kernel(
+@pytest.mark.parametrize(
+    ("name", "path"), [("HF_HOME", "cache"), ("MPLCONFIGDIR", "./mpl"), ("COVERAGE_PROCESS_START", "/no/such/coveragerc")]
+)
+def test_some_settings_mean_an_ordinary_kernel(
     environment,  # noqa: F811
     own_specs,  # noqa: F811
     monkeypatch,
@@ -143,10 +148,69 @@ def test_a_setting_that_is_relative_to_the_directory_means_an_ordinary_kernel(
         ("PYTHONPATH", "./src", False),
         ("PATH", "./bin:/bin", False),
         ("NOT_READ_AT_IMPORT_DIR", "./here", False),
+        ("COVERAGE_PROCESS_START", "/here/coveragerc", True),
+        ("COVERAGE_PROCESS_START", "", False),
+        ("COV_CORE_SOURCE", "here", True),
     ],
 )
-def test_which_settings_are_relative(monkeypatch, name, value, expected):
+def test_which_settings_mean_an_ordinary_kernel(monkeypatch, name, value, expected):
     for other in list(os.environ):
         monkeypatch.delenv(other)
     monkeypatch.setenv(name, value)
-    assert handover.relative_setting() == (name if expected else "")
+    assert handover.means_ordinary() == (name if expected else "")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "look", "expected"),
+    [
+        (
+            "PYDEVD_WARN_EVALUATION_TIMEOUT",
+            "99",
+            "import _pydevd_bundle.pydevd_constants as c; c.PYDEVD_WARN_EVALUATION_TIMEOUT",
+            "99.0",
+        ),
+        ("MPMATH_STRICT", "yes", "import mpmath.libmp.backend as b; b.STRICT", "True"),
+    ],
+)
+def test_a_variable_that_a_library_has_read_is_read_by_the_kernel(
+    environment,  # noqa: F811
+    own_specs,  # noqa: F811
+    monkeypatch,
+    name,
+    value,
+    look,
+    expected,
+):
+    monkeypatch.setenv("NBCACHE_PRELOAD", "mpmath")
+    start_zygote(own_specs)
+    with Kernel("nbcache", own_specs, **{name: value}) as kernel:
+        assert kernel.run(look) == expected
+
+
+def test_start_up_code_of_ones_own_is_run_by_each_kernel(environment, own_specs, monkeypatch, tmp_path):  # noqa: F811
+    """It may ask for the directory, as here, or the time, or begin to measure."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "sitecustomize.py").write_text("import os, sys\nsys.started_in = os.getpid(), os.getcwd()")
+    monkeypatch.setenv("PYTHONPATH", f"{environment}:{tmp_path / 'own'}")
+    with Kernel("nbcache", own_specs) as kernel:
+        (failure,) = eventually(lambda: examine().failures, 60)
+        assert f"{tmp_path}/own/sitecustomize.py is to run" in failure
+        kernel.restart()
+        assert kernel.run("import os, sys; sys.started_in == (os.getpid(), os.getcwd())") == "True"
+
+
+def test_whose_start_up_code_is_ones_own(monkeypatch, tmp_path):
+    for name in installed.STARTUP:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert installed.own_startup_code() == ""
+    site = sysconfig.get_path("purelib")
+    for name, folder, is_own in (
+        ("sitecustomize", site, False),
+        ("sitecustomize", str(tmp_path), True),
+        ("usercustomize", site, True),
+    ):
+        with monkeypatch.context() as patch:
+            module = types.ModuleType(name)
+            module.__file__ = f"{folder}/{name}.py"
+            patch.setitem(sys.modules, name, module)
+            assert installed.own_startup_code() == (module.__file__ if is_own else "")
