@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import struct
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
+import ipykernel
 import pytest
 from jupyter_client.kernelspec import KernelSpecManager, find_kernel_specs
 
+from nbcache.jupyter import encryption
 from tests.support.checkpoints import write_checkpoint
 from tests.support.kernels import Kernel
+from tests.support.zygotes import is_forked, zygote, zygote_environment
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCE = REPOSITORY / "kernelspec"
@@ -67,6 +73,46 @@ def test_a_kernel_of_it_knows_the_magics(runtime_dir, tmp_path):
         assert "model.safetensors" in kernel.run("%weights")
         kernel.restart()
         assert "(cached, " in kernel.run(f"%load_weights {path} --device cpu --as loaded")
+
+
+def test_a_kernel_of_it_encrypts_where_that_is_required(tmp_path):
+    shutil.copytree(SOURCE, tmp_path / "specs" / "nbcache")
+    with zygote_environment(tmp_path, NBCACHE_PRELOAD=""):
+        kernel = Kernel("nbcache", tmp_path / "specs")
+        if not hasattr(kernel._kernel, "transport_encryption") or ipykernel.version_info[:2] < encryption.FIRST_ABLE:
+            kernel.close()
+            pytest.skip(f"neither ipykernel {ipykernel.__version__} nor its client encrypts, or one of them does not")
+        kernel._kernel.transport_encryption = "required"
+        with kernel:
+            for is_second in (False, True):
+                assert is_forked(kernel) is is_second
+                connection = json.loads(Path(kernel._kernel.connection_file).read_text())
+                assert connection["curve_secretkey"]
+                look = "get_ipython().kernel.parent.shell_socket.getsockopt(__import__('zmq').CURVE_SERVER)"
+                assert kernel.run(look) == "1"
+                zygote()
+                kernel.restart()
+
+
+@pytest.mark.parametrize(
+    ("version", "connection", "ends"),
+    [
+        ((7, 2, 0), '{"curve_secretkey": "k"}', True),
+        ((7, 2, 0), '{"key": "k"}', False),
+        ((7, 2, 0), "no json", False),
+        ((7, 3, 0), '{"curve_secretkey": "k"}', False),
+    ],
+)
+def test_a_kernel_that_has_no_use_for_keys_ends_and_says_why(tmp_path, monkeypatch, version, connection, ends):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(ipykernel._version, "version_info", version)
+    (tmp_path / "k.json").write_text(connection)
+    encryption.end_if_unable(SimpleNamespace())
+    encryption.end_if_unable(
+        SimpleNamespace(kernel=SimpleNamespace(parent=SimpleNamespace(abs_connection_file=str(tmp_path / "k.json"))))
+    )
+    assert ended == [1] * ends
 
 
 def test_a_kernel_without_it_does_not(runtime_dir):

@@ -163,6 +163,7 @@ INNER_RANKS: dict[str, dict[str, int]] = {
         "deferred": 0,
         "installed": 1,
         "experience": 0,
+        "encryption": 0,
         "launcher": 1,
         "learning": 2,
         "preload": 2,

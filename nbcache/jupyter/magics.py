@@ -26,6 +26,7 @@ from nbcache.config import NBCache
 from nbcache.errors import EntryInUse, NBCacheError
 from nbcache.jupyter.completer import MagicCompleter
 from nbcache.jupyter.display import count_sharers, idle_slab_bytes, lora_summary, model_summary, summary
+from nbcache.jupyter.encryption import end_if_unable
 from nbcache.jupyter.learning import Learner
 from nbcache.jupyter.manners import MannerlyMagics, first_word, one_line_errors, parsed, unquoted
 from nbcache.jupyter.panels import StatusView
@@ -285,6 +286,7 @@ def _export(change: Any) -> None:  # noqa: ANN401 - traitlets gives a bunch
 
 def register(shell: InteractiveShell) -> None:
     """Add the magics to a shell."""
+    end_if_unable(shell)
     try:
         settings.adopt()
     except NBCacheError as error:
