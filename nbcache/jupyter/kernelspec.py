@@ -30,6 +30,8 @@ NAME = "nbcache"
 DISPLAY_NAME = "Python 3 (nbcache)"
 LAUNCHER = str(Path(__file__).with_name("launcher.py"))
 LAUNCHER_MODULE = "nbcache.jupyter.launcher"
+FOR_DEBUGGERS = ("-Xfrozen_modules=off",)
+"""As ``python -m ipykernel install`` writes it: a breakpoint in a frozen module of Python's own is never met."""
 ANSWER_TIMEOUT_S = 5.0
 END_TIMEOUT_S = 10.0
 
@@ -73,7 +75,7 @@ class KernelState(msgspec.Struct, frozen=True):
 
 def argv_of_this_interpreter() -> list[str]:
     """What a kernelspec is to start, from whichever environment the server runs in."""
-    return [os.path.abspath(sys.executable), "-I", "-S", LAUNCHER, "-f", "{connection_file}", "--ext=nbcache"]
+    return [os.path.abspath(sys.executable), *FOR_DEBUGGERS, "-I", "-S", LAUNCHER, "-f", "{connection_file}", "--ext=nbcache"]
 
 
 def install(name: str = NAME, display_name: str = "", prefix: str | None = None) -> str:

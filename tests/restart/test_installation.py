@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from ipykernel.kernelspec import get_kernel_dict
+from ipykernel.kernelspec import install as install_stock
 from jupyter_client.kernelspec import KernelSpecManager
 
 from nbcache.errors import KernelSpecError
@@ -55,6 +56,19 @@ def test_installed_used_and_removed(data_dir, tmp_path):
     assert nbcache("kernelspec", "remove", "--name", "mine").strip() == f"removed mine from {folder}"
     assert not folder.exists()
     assert "no kernelspec is called mine" in nbcache("kernelspec", "remove", "--name", "mine", code=1)
+
+
+def test_a_debugger_sees_as_much_as_in_a_kernel_that_ipykernel_installs(tmp_path, monkeypatch):
+    stock = json.loads(Path(install_stock(prefix=str(tmp_path)), "kernel.json").read_text())["argv"]
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "data"))
+    with zygote_environment(tmp_path, NBCACHE_PRELOAD=""):
+        ours = json.loads(Path(install("mine"), "kernel.json").read_text())["argv"]
+        assert [word for word in ours if word.startswith("-X")] == [word for word in stock if word.startswith("-X")]
+        start_zygote(tmp_path / "data" / "kernels", "mine")
+        with Kernel("mine") as kernel:
+            assert is_forked(kernel)
+            assert kernel.run("import posixpath; posixpath.__spec__.origin == posixpath.__file__") == "True"
+            assert kernel.run("import sys; sys._xoptions") == "{'frozen_modules': 'off'}"
 
 
 def test_the_default_name_and_a_prefix(data_dir, tmp_path):

@@ -12,14 +12,22 @@ from pathlib import Path
 
 import psutil
 
-from nbcache.jupyter.kernelspec import DISPLAY_NAME, NAME, ZygoteState, argv_of_this_interpreter, end_zygotes, examine
+from nbcache.jupyter.kernelspec import (
+    DISPLAY_NAME,
+    FOR_DEBUGGERS,
+    NAME,
+    ZygoteState,
+    argv_of_this_interpreter,
+    end_zygotes,
+    examine,
+)
 from tests.support.kernels import PATIENCE_S, Kernel
 from tests.support.waiting import eventually
 
 
 def write_specs(folder: Path) -> Path:
     """Ours, as ``nbcache kernelspec install`` writes it; an ordinary kernel with our magics; and Python's own."""
-    stock = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    stock = [sys.executable, *FOR_DEBUGGERS, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     argvs = {"nbcache": argv_of_this_interpreter(), "ordinary": [*stock, "--ext=nbcache"], "stock": stock}
     for name, argv in argvs.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
