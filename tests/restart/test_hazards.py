@@ -250,6 +250,17 @@ def test_a_kernel_outlives_its_zygote(kernel, specs):
     assert is_forked(kernel)
 
 
+def test_how_a_kernel_ends_that_has_outlived_its_zygote_is_not_known_as_the_guide_says(kernel):
+    process = kernel._process
+    kill(zygote().pid)
+    kernel.begin("import os; os._exit(7)")
+    assert process.wait(20) == 0
+    told = " ".join((REPOSITORY / "nbcache" / "guide" / "restarts.md").read_text().split())
+    assert "how one of them ends, nobody learns then: Jupyter is told exit status 0" in told
+    kernel.restart()
+    zygote()
+
+
 def test_a_kernel_does_not_outlive_both(kernel):
     pid = kernel_pid(kernel)
     kill(zygote().pid)
