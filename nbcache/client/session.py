@@ -42,6 +42,9 @@ ProgressCallback = Callable[[int, int], None]
 
 M = TypeVar("M", bound=m.Message)
 
+OTHER_S = 1.0
+"""For how long a daemon that lives may not serve, before a start is tried again: it may be leaving."""
+
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 
 _open_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -225,14 +228,30 @@ def _start(paths: RuntimePaths) -> socket.socket:
     try:
         _lock_until(lock_fd, deadline, paths.start_lock)
         sock = _connect(paths)
-        if sock is None:
-            _spawn(paths, config, deadline)
-            sock = _connect(paths)
+        while sock is None:
+            if _spawn(paths, config, deadline):
+                sock = _connect(paths)
+                break
+            sock = _await_other(paths, deadline)
     finally:
         os.close(lock_fd)
     if sock is None:
         raise DaemonUnavailable(f"the daemon started and left again; see {paths.log}")
     return sock
+
+
+def _await_other(paths: RuntimePaths, deadline: float) -> socket.socket | None:
+    """Connect to a daemon that lives and does not serve yet; None, after a while, if it left instead."""
+    until = min(deadline, time.monotonic() + OTHER_S)
+    while True:
+        sock, now = _connect(paths), time.monotonic()
+        if sock is None and now > deadline:
+            raise DaemonUnavailable(
+                f"another daemon holds {paths.lock} and does not serve; end it (the file names its process), then load again"
+            )
+        if sock is not None or now > until:
+            return sock
+        time.sleep(0.01)
 
 
 def _lock_until(fd: int, deadline: float, path: Path) -> None:
@@ -246,7 +265,8 @@ def _lock_until(fd: int, deadline: float, path: Path) -> None:
             time.sleep(0.01)  # flock has no timeout
 
 
-def _spawn(paths: RuntimePaths, config: NBCache, deadline: float) -> None:
+def _spawn(paths: RuntimePaths, config: NBCache, deadline: float) -> bool:
+    """Start a daemon, and wait until it serves; False if another is alive. DaemonUnavailable if it cannot serve."""
     read_fd, write_fd = os.pipe()
     try:
         with open(paths.log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as log:
@@ -270,11 +290,12 @@ def _spawn(paths: RuntimePaths, config: NBCache, deadline: float) -> None:
         answer = _read_until(read_fd, deadline)
     finally:
         os.close(read_fd)
-        if answer != "ok":  # it may hang before it leaves our process tree
+        if answer not in ("ok", "held"):  # it may hang before it leaves our process tree
             starter.kill()
         starter.wait()
-    if answer != "ok":
+    if answer not in ("ok", "held"):
         raise DaemonUnavailable(f"the daemon did not start: {answer or 'it ended at once'}; see {paths.log}")
+    return answer == "ok"
 
 
 def _read_until(fd: int, deadline: float) -> str:

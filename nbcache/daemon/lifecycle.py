@@ -51,7 +51,7 @@ class Daemon:
     def serve(self, on_ready: Callable[[], None] = lambda: None) -> None:
         """Serve until SIGTERM or SIGINT. ``on_ready`` is called once clients may connect.
 
-        DaemonUnavailable if another daemon is alive, or the runtime directory cannot be used.
+        LockHeld if another daemon is alive, DaemonUnavailable if the runtime directory cannot be used.
         """
         self._config.host_limit_bytes()  # nonsense in the settings is to be told now, not at the first load
         self._paths.create()
@@ -109,7 +109,7 @@ class Daemon:
         try:
             self._paths.create()
             lock_fd = _acquire_lock(self._paths.lock) if not _is_same_file(self._lock_fd, self._paths.lock) else -1
-        except DaemonUnavailable as error:
+        except (DaemonUnavailable, LockHeld) as error:
             if not server.connections:
                 log.warning("unreachable, and %s; nobody is connected: leaving", error)
                 server.stop()
@@ -128,6 +128,10 @@ def _is_same_file(fd: int, path: Path) -> bool:
         return False
 
 
+class LockHeld(Exception):
+    """Another daemon is alive."""
+
+
 def _acquire_lock(path: Path) -> int:
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -139,9 +143,7 @@ def _acquire_lock(path: Path) -> int:
         os.write(fd, f"{os.getpid()}\n".encode())
     except BlockingIOError as error:
         os.close(fd)
-        raise DaemonUnavailable(
-            f"another daemon holds {path}; see it with `nbcache status`, end it with `nbcache stop`"
-        ) from error
+        raise LockHeld(f"another daemon holds {path}") from error
     except BaseException:
         os.close(fd)
         raise
@@ -171,14 +173,17 @@ def serve_foreground(config: NBCache) -> None:
     """``nbcache serve``: log to stderr, until Ctrl-C."""
     _raise_descriptor_limit()
     with _logging_to(logging.StreamHandler()):
-        Daemon(RuntimePaths.of_user(), config).serve()
+        try:
+            Daemon(RuntimePaths.of_user(), config).serve()
+        except LockHeld as error:
+            raise DaemonUnavailable(f"{error}; see it with `nbcache status`, end it with `nbcache stop`") from error
 
 
 def main() -> None:
     """``python -m nbcache.daemon READY_FD``, what a client starts: leave its process tree, then serve.
 
-    The starter waits for the ready descriptor: ``ok``, or why not. The parent half exits at once, so that the daemon is
-    nobody's child: Jupyter ends the children of a kernel, and a kernel would have to reap it.
+    The starter waits for the ready descriptor: ``ok``, ``held`` if another daemon is alive, or why not. The parent half exits
+    at once, so that the daemon is nobody's child: Jupyter ends the children of a kernel, and a kernel would have to reap it.
     """
     ready = os.fdopen(int(sys.argv[1]), "w")
     if os.fork():
@@ -192,6 +197,9 @@ def main() -> None:
         with _logging_to(logging.handlers.RotatingFileHandler(paths.log, maxBytes=1 << 20, backupCount=2)):
             try:
                 Daemon(paths, NBCache()).serve(lambda: _report(ready, "ok"))
+            except LockHeld as error:  # one whose starter was killed, and that does not serve yet
+                log.info("%s; leaving", error)
+                _report(ready, "held")
             except BaseException:
                 log.critical("the daemon ends", exc_info=True)
                 raise

@@ -414,6 +414,76 @@ def test_daemon_that_starts_too_slowly(checkpoint, runtime_dir, tmp_path, monkey
     assert time.monotonic() - start < 4
 
 
+STOP_ONCE_LOCKED = """
+import fcntl, os, signal
+flock = fcntl.flock
+def flock_and_stop(fd, how):
+    flock(fd, how)
+    if os.readlink(f"/proc/self/fd/{fd}").endswith("daemon.lock"):
+        os.kill(os.getpid(), signal.SIGSTOP)
+fcntl.flock = flock_and_stop
+"""
+
+
+@contextlib.contextmanager
+def daemon_whose_starter_was_killed(runtime_dir: Path, folder: Path) -> Iterator[psutil.Process]:
+    """One that holds the lock, serves nobody yet, and is stopped there."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(STOP_ONCE_LOCKED)
+    with Interpreter("nbcache.client.session", PYTHONPATH=str(folder)) as starter:
+        starter.begin(START)
+        (pid,) = eventually(lambda: [p.pid for p in psutil.process_iter() if _is_stopped(p) and _is_of(p, runtime_dir)])
+        starter.kill()
+    daemon = psutil.Process(pid)
+    try:
+        yield daemon
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            daemon.kill()
+
+
+def _is_stopped(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_daemon_whose_starter_was_killed_is_waited_for(checkpoint, runtime_dir, tmp_path):
+    log = runtime_dir / "daemon.log"
+    orphan = daemon_whose_starter_was_killed(runtime_dir, tmp_path / "stop")
+    with orphan as daemon, Interpreter("nbcache.client.session") as other:
+        other.begin(START)
+        eventually(lambda: "another daemon holds" in log.read_text())
+        daemon.resume()
+        assert other.finish() == daemon.pid
+        lines = [line for line in log.read_text().splitlines() if "another daemon holds" in line]
+        assert "Traceback" not in log.read_text()
+        assert len(lines) == 1 and "INFO" in lines[0]
+        with nbcache.load(str(checkpoint), device="cpu") as weights:
+            assert is_right(checkpoint, weights)
+
+
+def test_a_daemon_that_leaves_instead_of_serving_is_replaced(checkpoint, runtime_dir, tmp_path):
+    orphan = daemon_whose_starter_was_killed(runtime_dir, tmp_path / "stop")
+    with orphan as daemon, Interpreter("nbcache.client.session") as other:
+        other.begin(START)
+        eventually(lambda: "another daemon holds" in (runtime_dir / "daemon.log").read_text())
+        kill(daemon)
+        assert other.finish() not in (daemon.pid, 0)
+        with nbcache.load(str(checkpoint), device="cpu") as weights:
+            assert is_right(checkpoint, weights)
+
+
+def test_a_daemon_that_lives_and_never_serves(checkpoint, runtime_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("NBCACHE_START_TIMEOUT_S", "2")
+    with (
+        daemon_whose_starter_was_killed(runtime_dir, tmp_path / "stop"),
+        pytest.raises(DaemonUnavailable, match=r"another daemon holds .*daemon\.lock.* does not serve"),
+    ):
+        nbcache.load(str(checkpoint), device="cpu")
+
+
 def test_log_that_cannot_be_written(checkpoint, runtime_dir):
     log = runtime_dir / "daemon.log"
     log.mkdir(parents=True)
