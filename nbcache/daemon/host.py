@@ -107,6 +107,7 @@ class HostCopies:
             log.info("staged %s, %s", entry.name, place.kind.value)
             self._holdings.free(self._store.complete(entry.key, place))
             self._watcher.staged(entry, place)
+            self._holdings.free(self._store.superseded(entry))  # nobody waited for it, and no name leads to it
             return
         log.warning("staging %s failed: %s", entry.name, error)
         known = error if isinstance(error, NBCacheError) else NBCacheError(f"{entry.name}: {type(error).__name__}: {error}")

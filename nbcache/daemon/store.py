@@ -149,9 +149,10 @@ class Store:
             older.name = older.names[0] if older.name == name else older.name
             return []
         entry.pinned, older.pinned = entry.pinned or older.pinned, False
-        return self._superseded(older)
+        return self.superseded(older)
 
-    def _superseded(self, entry: Entry) -> Residences:
+    def superseded(self, entry: Entry) -> Residences:
+        """What is idle of an entry, to free, if its last name went to a newer generation and nobody pinned it."""
         if not entry.superseded or entry.pinned:
             return []
         return [(entry.key, place) for place, residence in entry.residences.items() if residence.idle]
@@ -172,13 +173,13 @@ class Store:
         residence = entry.residences[place]
         del residence.leases[lease]
         residence.last_used_s = self._clock()
-        return self._superseded(entry)
+        return self.superseded(entry)
 
     def pin(self, names: Sequence[str], pinned: bool) -> Residences:
         """Pin or unpin; EntryNotFound if there is no such entry. Returns what is idle of it if it is superseded, to free."""
         entry = self.named(names)
         entry.pinned = pinned
-        return self._superseded(entry)
+        return self.superseded(entry)
 
     # Eviction
 

@@ -58,6 +58,11 @@ def held_by(pid: int) -> list[str]:
     return [target for target in targets if "memfd:nbcache" in target or ".safetensors" in target]
 
 
+def is_connected(client: Interpreter) -> bool:
+    sockets = f"/proc/{client.pid}/fd"
+    return any("socket:" in _target(f"{sockets}/{fd}") for fd in os.listdir(sockets))
+
+
 def _target(link: str) -> str:
     try:
         return os.readlink(link)
@@ -447,6 +452,27 @@ def test_file_that_changes_while_it_is_read_is_never_served(big, change: Callabl
             nbcache.load(str(big), device="cpu")
 
 
+def test_an_older_generation_that_nobody_waits_for_goes_once_it_is_complete(big, tmp_path):
+    """No name leads to it: nobody could evict it."""
+    daemon = Freeze(nbcache.status().pid)
+    marker, small, latest = (tmp_path / name for name in ("frozen", "small.safetensors", "latest.safetensors"))
+    latest.symlink_to(big)
+    with Interpreter() as one, Interpreter("nbcache.client.loading") as other:
+        one.begin(FREEZING_LOAD.format(path=str(latest), marker=str(marker)))
+        eventually(marker.exists)
+        one.kill()
+        latest.unlink()
+        latest.symlink_to(small)
+        other.begin(f"weights = nbcache.load({str(latest)!r}, device='cpu')\nsorted(weights)")
+        eventually(lambda: is_connected(other))
+        daemon.thaw()
+        assert other.finish() == sorted(load_file(small))
+        eventually(lambda: all(entry.host == "staged" for entry in nbcache.status().entries))
+        eventually(lambda: len(nbcache.status().entries) == 1)
+        assert entry_of(latest).leases == 1
+        eventually(lambda: sum("memfd:nbcache:/" in target for target in held_by(daemon.pid)) == 1)
+
+
 def test_everyone_who_waits_hears_of_the_change(big, tmp_path):
     daemon = Freeze(nbcache.status().pid)
     marker = tmp_path / "frozen"
@@ -454,8 +480,7 @@ def test_everyone_who_waits_hears_of_the_change(big, tmp_path):
         one.begin(FREEZING_LOAD.format(path=str(big), marker=str(marker)))
         eventually(marker.exists)
         other.begin(f"nbcache.load({str(big)!r}, device='cpu')")
-        sockets = f"/proc/{other.pid}/fd"
-        eventually(lambda: any("socket:" in _target(f"{sockets}/{fd}") for fd in os.listdir(sockets)))
+        eventually(lambda: is_connected(other))
         rewrite(big)
         daemon.thaw()
         with pytest.raises(RemoteError, match="CheckpointChanged"):

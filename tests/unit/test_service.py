@@ -96,6 +96,22 @@ def test_the_last_lease_on_a_superseded_slab_ends_with_the_entry(make, keep_s):
     assert set(bench.store.entries) == {"two"}
 
 
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_copy_of_a_superseded_entry_goes_when_it_is_complete_unless_somebody_waits_for_it(make, waits):
+    bench = make()
+    entry, connection = offered(bench)
+    if waits:
+        connection.phase, connection.key, connection.place = Phase.WAITING, "k", PINNED
+    bench.slab("two")
+    assert entry.superseded
+    bench.until("k", PINNED)
+    assert set(bench.store.entries) == ({"k", "two"} if waits else {"two"})
+    if waits:
+        assert {place: each.leases for place, each in entry.residences.items()} == {PINNED: {1: os.getpid()}}
+        bench.service.let_go(connection)
+        assert set(bench.store.entries) == {"two"}
+
+
 def test_a_pinned_copy_is_not_pulled_away_while_the_shared_one_is_filled_from_it(make, monkeypatch):
     """Whether it is kept meanwhile, or given back only afterwards: the shared copy has its bytes."""
     bench, payload = make(), os.urandom(EXTENT)
