@@ -1,8 +1,8 @@
 """One connection to the daemon, which is one lease; and starting the daemon where there is none.
 
 A session that was granted an entry is the lease on it: closing the session ends the lease, and so does the end of this
-process. A forked child does not inherit it (the copy is closed in the child), so DataLoader workers neither prolong nor break
-what their parent holds. No torch here.
+process. A forked child does not inherit it (its copy is closed there, and what it has all the same is shut here), so DataLoader
+workers neither prolong nor break what their parent holds. No torch here.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class Session:
         self._channel = channel
         self._channel.socket.settimeout(reply_timeout_s)
         self._timeout_s = reply_timeout_s
+        self._owner_pid = os.getpid()
         self.daemon_pid = 0
         _open_sessions.add(self)
 
@@ -165,7 +166,12 @@ class Session:
             self._channel.socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """End the connection and the lease it stands for. Tensors that were mapped stay valid."""
+        """End the connection and the lease it stands for. Tensors that were mapped stay valid.
+
+        In a forked child, the copy is closed and the lease lives on.
+        """
+        if os.getpid() == self._owner_pid:
+            self.shut()  # a child that was forked while another thread connected has the socket too, and does not know it
         self._channel.close()
         _open_sessions.discard(self)
 

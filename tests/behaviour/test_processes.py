@@ -247,6 +247,32 @@ def test_weights_deleted_while_forked_children_live_on(checkpoint):
             assert all(map(is_running, children))
 
 
+FORKING_LATER = """
+import os, time, nbcache.client.{module}
+real = nbcache.client.{module}.{name}
+def forking(*arguments):
+    found = real(*arguments)
+    if not os.fork():
+        time.sleep(600)
+        os._exit(0)
+    return found
+nbcache.client.{module}.{name} = forking
+"""
+"""A child is forked where another thread might fork it."""
+
+
+def test_a_child_that_is_forked_while_another_thread_connects_does_not_prolong_the_lease(checkpoint):
+    with Interpreter() as client:
+        client.run(FORKING_LATER.format(module="session", name="_connect") + LOAD.format(path=str(checkpoint)))
+        children = [child.pid for child in psutil.Process(client.pid).children()]
+        with ending(children):
+            assert leases_of(checkpoint) == 1
+            client.run("del weights\n__import__('gc').collect()")
+            eventually(lambda: leases_of(checkpoint) == 0, SOON_S)
+            assert children
+            assert all(map(is_running, children))
+
+
 def test_children_that_end_do_not_end_their_parents_lease(checkpoint):
     with Interpreter() as client:
         client.run(LOAD.format(path=str(checkpoint)))
