@@ -28,7 +28,7 @@ from nbcache.errors import (
     UnsupportedFormat,
 )
 from nbcache.manifest import MAX_MANIFEST_BYTES, Manifest, decode_manifest, encode_manifest
-from nbcache.memory.shared import SharedBlock, read_sealed, seal_bytes
+from nbcache.memory.shared import SharedBlock, map_writable, read_sealed, seal_bytes
 from nbcache.protocol import messages as m
 from nbcache.protocol.wire import close_all
 
@@ -302,7 +302,7 @@ def put_bytes(name: str, manifest: Manifest, write: Callable[[mmap.mmap], None],
             os.close(manifest_fd)
         block = SharedBlock(block_fd, manifest.extent_bytes)
         try:
-            with mmap.mmap(block.fd, block.size_bytes) as area:
+            with map_writable(block.fd, block.size_bytes) as area:
                 write(area)
         finally:
             block.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -59,6 +60,20 @@ class SharedBlock:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
+
+
+_mapping = threading.RLock()
+"""Held while a map is made that no forked child is to have. One lock for all: it is a process that forks."""
+
+os.register_at_fork(before=_mapping.acquire, after_in_parent=_mapping.release, after_in_child=_mapping.release)
+
+
+def map_writable(fd: int, size_bytes: int) -> mmap.mmap:
+    """A shared map of an unsealed block, for filling. No forked child has it: a copy would keep the block from being sealed."""
+    with _mapping:
+        area = mmap.mmap(fd, size_bytes)
+        area.madvise(mmap.MADV_DONTFORK)
+    return area
 
 
 def map_private(fd: int, size_bytes: int) -> mmap.mmap:

@@ -79,10 +79,10 @@ def assert_right(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def ending(pids: list[int]) -> Iterator[None]:
+def ending(pids: list[int]) -> Iterator[list[int]]:
     """Kill these processes in the end: orphans that a test made on purpose."""
     try:
-        yield
+        yield pids
     finally:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -269,6 +269,19 @@ def test_a_child_that_is_forked_while_another_thread_connects_does_not_prolong_t
             assert leases_of(checkpoint) == 1
             client.run("del weights\n__import__('gc').collect()")
             eventually(lambda: leases_of(checkpoint) == 0, SOON_S)
+            assert children
+            assert all(map(is_running, children))
+
+
+def test_a_child_that_is_forked_while_tensors_are_saved_does_not_prevent_it(runtime_dir):
+    with Interpreter("torch", "nbcache") as client:
+        client.run(FORKING_LATER.format(module="tensors", name="write_tensors"))
+        client.begin("nbcache.put('kept', torch.arange(9))['tensor'].tolist()")
+        with ending([]) as children:
+            try:
+                assert client.finish() == list(range(9))
+            finally:
+                children += [child.pid for child in psutil.Process(client.pid).children()]
             assert children
             assert all(map(is_running, children))
 
