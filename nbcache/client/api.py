@@ -87,7 +87,8 @@ def put(name: str, value: object, metadata: Mapping[str, str] | None = None) -> 
     ``value`` is a tensor, a (nested) mapping of tensors, whose names are joined by dots, or a module (its ``state_dict``). An
     entry of the same name is replaced; who still uses that keeps it. Returns the kept tensors, on the CPU.
 
-    Raises UnsupportedFormat for values without plain bytes, InvalidName, HostMemoryFull, DaemonError.
+    Raises UnsupportedFormat for values without plain bytes, InvalidName (an alias of one's own is none), HostMemoryFull,
+    DaemonError.
     """
     from nbcache.client import tensors as edge
     from nbcache.client.loading import over_host

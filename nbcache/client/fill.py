@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from nbcache.checkpoints import aliases
 from nbcache.checkpoints import names as catalogue
 from nbcache.checkpoints.catalog import Checkpoint, describe, is_unchanged, resolve
 from nbcache.checkpoints.folders import FolderKind, kind_of
@@ -293,6 +294,11 @@ def put_bytes(name: str, manifest: Manifest, write: Callable[[mmap.mmap], None],
     InvalidName, HostMemoryFull; if ``write`` raises, nothing is kept.
     """
     _check_speakable(name)
+    if target := aliases.listing().get(name):
+        raise InvalidName(
+            f"{name!r} is an alias of yours, for {target}, and would be loaded as that; save under another name, or remove the "
+            f"alias: nbcache alias remove {name}"
+        )
     session = Session.open()
     try:
         manifest_fd = seal_bytes("manifest", encode_manifest(manifest))

@@ -80,6 +80,8 @@ def test_errors_are_one_line(checkpoint):
         assert_usage_error(kernel.try_run("%save_weights name"), "NAME EXPR")
         assert_usage_error(kernel.try_run("%save_weights name 3"), "int; nbcache keeps a tensor")
         assert_usage_error(kernel.try_run("%save_weights a/b w"), "cannot name a saved entry")
+        kernel.run("from nbcache.checkpoints import aliases; aliases.add('mine', 'org/repo')")
+        assert_usage_error(kernel.try_run("%save_weights mine w"), "nbcache alias remove mine")
         assert_usage_error(kernel.try_run(f"%weights evict {checkpoint}"), f"used by process {kernel.pid}")
         assert_usage_error(kernel.try_run("%weights evict"), "which entry?")
         assert_usage_error(kernel.try_run("%weights pin nothing"), "nothing: not cached")

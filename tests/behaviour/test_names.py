@@ -94,6 +94,19 @@ def test_an_alias_of_ones_own(runtime_dir, tmp_path):
         nbcache.load("mine", device="cpu")
 
 
+def test_nothing_is_saved_under_an_alias_of_ones_own(runtime_dir, tmp_path):
+    """It could not be loaded: the alias goes first."""
+    path = write_checkpoint(tmp_path / "model.safetensors")
+    aliases.add("mine", str(path))
+    with pytest.raises(InvalidName, match=rf"'mine' is an alias of yours, for {path}.* nbcache alias remove mine"):
+        nbcache.put("mine", torch.ones(3))
+    assert not (runtime_dir / "daemon.sock").exists(), "nobody was asked"
+    nbcache.put("other", torch.ones(3))
+    aliases.remove("mine")
+    nbcache.put("mine", torch.ones(3))
+    assert cached_names() == ["mine", "other"]
+
+
 def test_the_order_in_which_a_name_is_looked_up(cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     mine, folder, sdxl = (write_checkpoint(tmp_path / f"{n}.safetensors", seed=s) for s, n in enumerate("abc"))
