@@ -23,13 +23,15 @@ _NAME = re.compile(r"[^\s/~.-][^\s/]*")
 
 
 def listing() -> dict[str, str]:
-    """The user's aliases: name to path or hub id. InvalidOption if the file is not such a table."""
+    """The user's aliases: name to path or hub id. InvalidOption if the file is not such a table, or not to be read."""
     path = _file()
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, str])
     except FileNotFoundError:
         return {}
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InvalidOption(f"{path}: cannot be read: {error.strerror}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidOption(f"{path}: not a table of aliases ({error}); mend it, or delete it") from error
 
 

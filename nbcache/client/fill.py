@@ -17,7 +17,7 @@ from nbcache.checkpoints import names as catalogue
 from nbcache.checkpoints.catalog import Checkpoint, describe, is_unchanged, resolve
 from nbcache.checkpoints.folders import FolderKind, kind_of
 from nbcache.client.notices import SourceGone, notify
-from nbcache.client.session import ProgressCallback, Session, expect
+from nbcache.client.session import ProgressCallback, Session, expect, told
 from nbcache.collection import uncollected
 from nbcache.errors import (
     CheckpointNotFound,
@@ -269,7 +269,7 @@ def _stage(session: Session, checkpoint: Checkpoint, on_progress: ProgressCallba
     """Describe the files and have the daemon read them."""
     description = describe(checkpoint)
     try:
-        manifest_fd = seal_bytes("manifest", encode_manifest(description.manifest))
+        manifest_fd = _seal(description.manifest)
         try:
             files, size = description.files, m.FILES_PER_MESSAGE
             batches = [files[at : at + size] for at in range(0, len(files), size)]
@@ -284,6 +284,14 @@ def _stage(session: Session, checkpoint: Checkpoint, on_progress: ProgressCallba
             os.close(manifest_fd)
     finally:
         description.close()
+
+
+def _seal(manifest: Manifest) -> int:
+    """A manifest as it is sent. DaemonUnavailable if the system gives no memory or descriptor for it."""
+    try:
+        return seal_bytes("manifest", encode_manifest(manifest))
+    except OSError as error:
+        raise DaemonUnavailable(f"cannot ask the daemon: {told(error)}") from error
 
 
 def put_bytes(name: str, manifest: Manifest, write: Callable[[mmap.mmap], None], derived: bool = False) -> Grant:
@@ -301,7 +309,7 @@ def put_bytes(name: str, manifest: Manifest, write: Callable[[mmap.mmap], None],
         )
     session = Session.open()
     try:
-        manifest_fd = seal_bytes("manifest", encode_manifest(manifest))
+        manifest_fd = _seal(manifest)
         try:
             _, (block_fd,) = expect(session.request(m.Reserve(name, derived), (manifest_fd,)), m.Reserved)
         finally:

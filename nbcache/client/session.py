@@ -8,8 +8,10 @@ workers neither prolong nor break what their parent holds. No torch here.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -143,6 +145,8 @@ class Session:
             ) from None
         except OSError as error:
             self.close()
+            if error.errno == errno.EMFILE:
+                raise DaemonUnavailable(f"cannot take what the daemon sends: {told(error)}") from error
             raise DaemonLost(f"the daemon went away: {error.strerror}; load again to start a new one") from error
         except BaseException:
             self.close()
@@ -191,6 +195,14 @@ def expect(answer: tuple[m.DaemonMessage, list[int]], kind: type[M]) -> tuple[M,
     return message, descriptors
 
 
+def told(error: OSError) -> str:
+    """What the system says; if this process has too many files open, with the remedy."""
+    if error.errno != errno.EMFILE:
+        return str(error.strerror)
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return f"too many open files, {limit} are allowed here; raise that (ulimit -n), or close some"
+
+
 def _close_in_child() -> None:
     for session in list(_open_sessions):
         session.close()
@@ -203,7 +215,7 @@ def _connect(paths: RuntimePaths) -> socket.socket | None:
     try:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     except OSError as error:
-        raise DaemonUnavailable(f"cannot connect to {paths.socket}: {error.strerror}") from error
+        raise DaemonUnavailable(f"cannot connect to {paths.socket}: {told(error)}") from error
     try:
         with SocketAddress(paths.socket) as address:
             sock.connect(address)
@@ -212,7 +224,7 @@ def _connect(paths: RuntimePaths) -> socket.socket | None:
         return None
     except OSError as error:
         sock.close()
-        raise DaemonUnavailable(f"cannot connect to {paths.socket}: {error.strerror}") from error
+        raise DaemonUnavailable(f"cannot connect to {paths.socket}: {told(error)}") from error
     except BaseException:
         sock.close()
         raise
@@ -228,9 +240,8 @@ def _start(paths: RuntimePaths) -> socket.socket:
     try:
         lock_fd = os.open(paths.start_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise DaemonUnavailable(
-            f"cannot write {paths.start_lock}: {error.strerror}; set NBCACHE_RUNTIME_DIR to a directory that you may write"
-        ) from error
+        remedy = "" if error.errno == errno.EMFILE else "; set NBCACHE_RUNTIME_DIR to a directory that you may write"
+        raise DaemonUnavailable(f"cannot write {paths.start_lock}: {told(error)}{remedy}") from error
     try:
         _lock_until(lock_fd, deadline, paths.start_lock)
         sock = _connect(paths)
@@ -273,7 +284,10 @@ def _lock_until(fd: int, deadline: float, path: Path) -> None:
 
 def _spawn(paths: RuntimePaths, config: NBCache, deadline: float) -> bool:
     """Start a daemon, and wait until it serves; False if another is alive. DaemonUnavailable if it cannot serve."""
-    read_fd, write_fd = os.pipe()
+    try:
+        read_fd, write_fd = os.pipe()
+    except OSError as error:
+        raise DaemonUnavailable(f"cannot start a daemon: {told(error)}") from error
     try:
         with open(paths.log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as log:
             starter = subprocess.Popen(
@@ -288,7 +302,8 @@ def _spawn(paths: RuntimePaths, config: NBCache, deadline: float) -> bool:
             )
     except OSError as error:
         os.close(read_fd)
-        raise DaemonUnavailable(f"cannot start a daemon: {error}") from error
+        reason = told(error) if error.errno == errno.EMFILE else error
+        raise DaemonUnavailable(f"cannot start a daemon: {reason}") from error
     finally:
         os.close(write_fd)
     answer = ""

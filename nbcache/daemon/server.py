@@ -205,7 +205,10 @@ class Server:
         except (IllegalTransition, AssertionError):
             raise
         except OSError as error:
-            self.end(connection, f"{error}")
+            if error.errno == errno.EMFILE:
+                self._refuse(connection, ProtocolError("the daemon has too many files open to take what came"))
+            else:
+                self.end(connection, f"{error}")
         except Exception:
             log.exception("a bug met by process %d", connection.pid)
             self.end(connection, "a bug, see above")

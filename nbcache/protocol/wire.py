@@ -8,6 +8,7 @@ descriptors closed before the error is raised. Both wings use this module; it kn
 from __future__ import annotations
 
 import array
+import errno
 import os
 import socket
 from collections.abc import Sequence
@@ -62,7 +63,7 @@ class Channel(Generic[M]):
         """The next message and the descriptors that came with it, which are now the caller's.
 
         Closed at the end of the connection; ProtocolError for anything but one whole message with its number of descriptors;
-        OSError (BlockingIOError, TimeoutError) as the socket says.
+        OSError (BlockingIOError, TimeoutError) as the socket says, and one of EMFILE if this process may open no more files.
         """
         packet, ancillary, flags, _ = self.socket.recvmsg(
             MAX_PACKET_BYTES, socket.CMSG_SPACE(MAX_DESCRIPTORS * _INT), socket.MSG_CMSG_CLOEXEC
@@ -75,6 +76,8 @@ class Channel(Generic[M]):
             raise
 
     def _read(self, packet: bytes, flags: int, descriptor_count: int) -> M:
+        if flags & socket.MSG_CTRUNC and not flags & socket.MSG_TRUNC and descriptor_count < MAX_DESCRIPTORS:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))  # there was room for more: the system made no more of them
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             raise ProtocolError(f"a packet over {MAX_PACKET_BYTES} bytes or {MAX_DESCRIPTORS} descriptors")
         if not packet:

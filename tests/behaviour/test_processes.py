@@ -6,6 +6,8 @@ import contextlib
 import gc
 import os
 import pickle
+import re
+import resource
 import signal
 import zlib
 from collections.abc import Callable, Iterator
@@ -416,6 +418,43 @@ def test_unpickling_what_was_evicted_fails(checkpoint):
     nbcache.evict(str(checkpoint))
     with pytest.raises(EntryNotFound, match="not cached any more"):
         pickle.loads(pickled)
+
+
+# A process that may open no more files
+
+LOAD_AGAIN = "nbcache.load({path!r}, device='cpu')"
+
+
+@pytest.mark.parametrize(
+    ("what", "is_cached"),
+    [(LOAD_AGAIN, True), (LOAD_AGAIN, False), ("nbcache.put('kept', torch.ones(3))", True), ("nbcache.status()", True)],
+)
+def test_who_may_open_no_more_files_is_told_so(checkpoint, what, is_cached):
+    def forget() -> None:
+        eventually(lambda: not any(entry.leases for entry in nbcache.status().entries))
+        nbcache.evict_all()
+
+    nbcache.load(str(checkpoint), device="cpu").release()
+    forget()
+    call = f"({what.format(path=str(checkpoint))}) and None"
+    said = []
+    with Interpreter("torch", "nbcache") as client:
+        client.run(call)  # what is imported late is there now
+        limits = resource.prlimit(client.pid, resource.RLIMIT_NOFILE)
+        used = {int(name) for name in os.listdir(f"/proc/{client.pid}/fd")}
+        for limit in [number for number in range(1000) if number not in used][:8]:
+            if not is_cached:
+                forget()
+            resource.prlimit(client.pid, resource.RLIMIT_NOFILE, (limit, limits[1]))
+            try:
+                client.run(call)
+            except RemoteError as error:
+                said.append(str(error).splitlines()[-1])
+            resource.prlimit(client.pid, resource.RLIMIT_NOFILE, limits)
+            eventually(lambda: {int(name) for name in os.listdir(f"/proc/{client.pid}/fd")} == used)
+    assert 0 < len(said) < 8
+    assert all(re.match(r"nbcache\.errors\.\w+: .*[Tt]oo many open files", line) for line in said)
+    assert re.search(r"DaemonUnavailable: .*, \d+ are allowed here; raise that \(ulimit -n\)", said[-1])
 
 
 # A staging that is disturbed

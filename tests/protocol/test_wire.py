@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import fcntl
 import os
+import resource
 import socket
 from collections.abc import Iterator
 
@@ -221,6 +222,19 @@ def test_too_many_descriptors_are_refused_and_closed(line, devnull, count):
 def test_missing_and_surplus_descriptors_are_refused_and_closed(line, devnull, message, counts):
     for count in counts:
         refuse(line, msgspec.json.encode(message), [devnull] * count, match=f"{type(message).__name__} with {count} descr")
+
+
+def test_descriptors_for_which_this_process_has_no_room_are_the_systems_own_error(line, devnull):
+    socket.send_fds(line.peer, [msgspec.json.encode(m.Granted("k", "n", "file", True))], [devnull] * 2)
+    before, limits = held(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    unused = next(number for number in range(1000) if str(number) not in before)  # the listing's own is free again
+    resource.setrlimit(resource.RLIMIT_NOFILE, (unused, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            line.client.receive()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert held() == before
 
 
 def test_descriptors_of_any_kind_are_closed_when_refused(line):
