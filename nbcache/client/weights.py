@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from html import escape
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from nbcache.client.options import Loaded, Options, Share
 from nbcache.errors import InvalidOption, WeightsReleased
@@ -25,8 +25,8 @@ class Weights(Mapping[str, "torch.Tensor"]):
 
     The tensors of a ``cow`` load share memory with the cache; writing to one changes it for this process alone, and with it the
     tensors that share its memory in the file. The lease on the entry ends when the last of them and this object are gone.
-    Pickles by reference: in another process of this user it attaches to the same bytes again (EntryNotFound if they are gone by
-    then), so ``torch.save`` of it saves no weights; save ``dict(weights)``.
+    Pickles by reference: in another process of this user it attaches to the same bytes again, so ``torch.save`` of it saves no
+    weights; save ``dict(weights)``. If they are gone by then, the first use there raises EntryNotFound, or DaemonUnavailable.
 
     Attributes
     ----------
@@ -158,6 +158,35 @@ class Weights(Mapping[str, "torch.Tensor"]):
         return attach_again, (self._key, str(self.device), self._options.dtype, self._options.share)
 
 
+class LostWeights(Weights):
+    """What a pickled ``Weights`` becomes where it cannot attach again: whatever it is asked for, it raises why.
+
+    Unpickling does not: a worker of a pool would end by that, and who waits for its answer would wait for ever.
+    """
+
+    def __init__(self, key: str, error: Exception) -> None:
+        self._tensors = self._slab = None
+        self._key = key
+        self._error = error
+
+    def _live(self) -> NoReturn:
+        raise self._error.with_traceback(None)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Python calls this for what :class:`Weights` would have set."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        self._live()
+
+    @property
+    def released(self) -> bool:
+        """See :class:`Weights`; it never had any."""
+        return False
+
+    def __repr__(self) -> str:
+        return f"<Weights {self._key!r}: lost>"
+
+
 _alive: weakref.WeakSet[Weights] = weakref.WeakSet()
 
 
@@ -167,8 +196,11 @@ def alive() -> list[Weights]:
 
 
 def attach_again(key: str, device: str, dtype: object, share: Share) -> Weights:
-    """Unpickle a ``Weights``: attach to the generation it was of."""
-    from nbcache.client.loading import load_key
+    """Unpickle a ``Weights``: attach to the generation it was of, now, so that it is leased; what fails is told at its use."""
+    try:
+        from nbcache.client.loading import load_key
 
-    options = Options(device, dtype, share)
-    return Weights(load_key(key, options), options)
+        options = Options(device, dtype, share)
+        return Weights(load_key(key, options), options)
+    except Exception as error:  # noqa: BLE001 - whatever it is: see there
+        return LostWeights(key, error.with_traceback(None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import os
 import pickle
@@ -411,13 +412,56 @@ def test_pickling_released_weights_fails(checkpoint):
         pickle.dumps(weights)
 
 
-def test_unpickling_what_was_evicted_fails(checkpoint):
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize(
+    ("lose", "error"),
+    [
+        ("nbcache.evict_all()", "EntryNotFound: .*not cached any more"),
+        ("nbcache.client.session.stop_daemon()", "DaemonUnavailable: no daemon runs"),
+    ],
+)
+def test_who_waits_for_a_pool_hears_that_weights_were_lost_on_the_way(checkpoint, method, lose, error):
+    with Interpreter("nbcache.client.session") as client:
+        client.run(f"weights = nbcache.load({str(checkpoint)!r}, device='cpu', share='private')\n__import__('gc').collect()")
+        eventually(lambda: leases_of(checkpoint) == 0, SOON_S)
+        client.run(f"{lose}\nNone")
+        with pytest.raises(RemoteError, match=error):
+            client.run(
+                f"""
+import multiprocess
+with multiprocess.get_context({method!r}).Pool(1) as pool:
+    pool.apply_async(lambda received: sorted(received), (weights,)).get(30)
+"""
+            )
+
+
+USES: dict[str, Callable[[nbcache.Weights], object]] = {
+    "a tensor": lambda weights: weights["layer.0"],
+    "names": list,
+    "length": len,
+    "attribute": lambda weights: weights.hit,
+    "size": lambda weights: weights.nbytes,
+    "quantized": lambda weights: weights.quant_types,
+    "arrays": lambda weights: weights.cupy(),
+    "dict": dict,
+    "copy": copy.copy,
+    "again": pickle.dumps,
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_using_what_was_evicted_before_it_was_unpickled_fails(checkpoint, use):
     with nbcache.load(str(checkpoint), device="cpu") as weights:
         pickled = pickle.dumps(weights)
     eventually(lambda: leases_of(checkpoint) == 0, SOON_S)
     nbcache.evict(str(checkpoint))
-    with pytest.raises(EntryNotFound, match="not cached any more"):
-        pickle.loads(pickled)
+    with pickle.loads(pickled) as lost:
+        assert isinstance(lost, nbcache.Weights)
+        assert lost.key == weights.key and not lost.released
+        assert repr(lost) == f"<Weights {weights.key!r}: lost>" and weights.key in lost._repr_html_()
+        for _ in range(2):
+            with pytest.raises(EntryNotFound, match="not cached any more"):
+                USES[use](lost)
 
 
 # A process that may open no more files
