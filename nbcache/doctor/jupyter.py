@@ -15,6 +15,7 @@ from nbcache import settings
 from nbcache.config import NBCache
 from nbcache.doctor.findings import Finding, broken, ok, warning
 from nbcache.errors import InvalidOption
+from nbcache.jupyter import handover
 from nbcache.units import format_duration
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ def _judge_zygotes(state: KernelState) -> Iterator[Finding]:
         again = "name other modules in NBCache.preload, or none; kernels start the ordinary way until then"
         yield warning(f"zygote failure {number}", failure, again)
     if not (state.zygotes or state.failures) and _options().zygote_idle_s > 0:
-        yield ok("zygote", "none runs; the first kernel starts one")
+        name = handover.means_ordinary()
+        yield ok("zygote", f"none runs while {name} is set as it is" if name else "none runs; the first kernel starts one")
 
 
 def _judge_learning(state: KernelState) -> Finding:

@@ -18,10 +18,12 @@ FIRST_ABLE = (7, 3)
 
 def end_if_unable(shell: Any) -> None:  # noqa: ANN401 - IPython's, of a kernel or not
     """End the process if it is a kernel whose connection file has keys, and its ipykernel has no use for them."""
-    from ipykernel._version import __version__, version_info
-
     app = getattr(getattr(shell, "kernel", None), "parent", None)
-    if app is None or version_info[:2] >= FIRST_ABLE or not _has_keys(app.abs_connection_file):
+    if app is None:
+        return
+    from ipykernel._version import __version__, version_info  # a kernel has imported it
+
+    if version_info[:2] >= FIRST_ABLE or not _has_keys(app.abs_connection_file):
         return
     remedy = "install ipykernel 7.3 or newer, or set transport_encryption to 'disabled'"
     print(f"nbcache: ipykernel {__version__} cannot encrypt; {remedy}", file=sys.__stderr__, flush=True)

@@ -34,7 +34,7 @@ READ_AT_IMPORT = (
     "OAUTH_", "OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "OPENBLAS_", "GOTO_", "BLIS_", "NUMEXPR_", "NUMBA_", "NPY_",
     "NUMPY_", "SCIPY_", "SKLEARN_", "PANDAS_", "MODIN_", "POLARS_", "ARROW_", "SYMPY_", "MPMATH_", "JOBLIB_", "LOKY_", "DASK_",
     "RAY_", "FSSPEC_", "ZARR_", "HDF5_", "GDAL_", "PROJ_", "MPL", "MATPLOTLIB", "PLOTLY_", "PYVISTA_", "PILLOW_", "IMAGEIO_",
-    "OPENCV_", "PYOPENGL_", "MUJOCO_", "SDL_", "PYGAME_", "TQDM_", "LOGURU_", "PYDANTIC_", "SQLALCHEMY_", "GRADIO_", "WANDB_",
+    "OPENCV_", "PYOPENGL_", "MUJOCO_", "SDL_", "PYGAME_", "TQDM_", "LOGURU_", "PYDANTIC_", "SQLALCHEMY_", "GRADIO_",
     "NLTK_", "JUPYTER_WIDGETS_", "IPYTHON_", "TRAITLETS_", "PYDEVD_", "DEBUGPY_", "GEVENT_", "PYZMQ_", "TORNADO_", "PSUTIL_",
     "CUDA_", "CUDNN_", "CUBLAS_", "NVIDIA_", "CUPY_", "NCCL_", "TRITON_", "XFORMERS_", "FLASH", "VLLM_", "DS_", "BNB_",
     "BITSANDBYTES_", "TF_", "JAX", "EQX_", "FLAX_", "XLA_", "KERAS_", "DGL", "PYTENSOR_", "THEANO_", "USE_",
@@ -53,6 +53,7 @@ NOT_AT_IMPORT = ("CUDA_VISIBLE_DEVICES", "DEBUGPY_ADAPTER_ENDPOINTS")
 """Read when the GPU is first used, which a zygote never does, or when the debugger is; an editor sets it for each window."""
 PATHS = ("HOME", "DIR", "BASE", "_CACHE", "TMP", "TEMP", "MATPLOTLIBRC")
 """Ends of the names of variables that hold a path."""
+SWITCHES = ("0", "1", "true", "false", "on", "off", "yes", "no")
 FOLLOWED = ("PATH", "PYTHONPATH")
 """Lists of paths that a forked kernel looks at itself, from its own directory."""
 SETTINGS = ("NBCACHE_PRELOAD", "NBCACHE_STANDBY", "NBCACHE_ZYGOTE_IDLE_S")
@@ -226,7 +227,7 @@ def means_ordinary() -> str:
 def _is_relative(name: str, value: str) -> bool:
     if name in FOLLOWED:
         return False
-    if name.endswith(PATHS) and not value.isdigit():  # which would be a switch
+    if name.endswith(PATHS) and value.lower() not in SWITCHES:
         return not value.startswith(("/", "~"))
     return value.startswith(("./", "../")) or value in (".", "..")
 

@@ -351,6 +351,8 @@ def test_what_a_configuration_file_says_of_imports_ahead(runtime_dir, monkeypatc
     found = diagnose(part="jupyter")[1]
     assert found["imports ahead"]["message"] == "as NBCache.preload names: peft"
     assert found["zygote"]["message"] == "none runs; the first kernel starts one"
+    found = diagnose("HF_HOME=cache", "jupyter")[1]
+    assert found["zygote"]["message"] == "none runs while HF_HOME is set as it is"
     file.write_text("c.NBCache.zygote_idle_s = 0")
     found = diagnose(part="jupyter")[1]
     assert "switched off" in found["imports ahead"]["message"]

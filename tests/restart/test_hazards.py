@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from nbcache.jupyter import handover
-from nbcache.jupyter.kernelspec import examine
+from nbcache.jupyter.kernelspec import FOR_DEBUGGERS, examine
 from tests.support.kernels import REPOSITORY, Kernel
 from tests.support.waiting import eventually
 from tests.support.zygotes import is_forked, is_gone, kernel_pid, kill, zygote
@@ -332,7 +332,7 @@ def test_garbage_does_not_harm_a_zygote(kernel):
 
 def test_a_launcher_that_leaves_before_it_says_go_has_started_nothing(kernel):
     before = zygote()
-    request = handover.describe([], ["-f", "x"], [0, 1, 2], [])
+    request = handover.describe([*FOR_DEBUGGERS], ["-f", "x"], [0, 1, 2], [])
     path = next(Path(handover.zygote_folder()).glob("*.sock"))
     with handover.connect(str(path)) as connection:
         connection.settimeout(10)

@@ -143,6 +143,7 @@ def test_some_settings_mean_an_ordinary_kernel(
         ("LD_LIBRARY_PATH", "/usr/lib:", False),
         ("HF_ENDPOINT", "https://here", False),
         ("TORCHINDUCTOR_FX_GRAPH_CACHE", "1", False),
+        ("TORCHINDUCTOR_FX_GRAPH_CACHE", "True", False),
         ("OMP_PROC_BIND", "close", False),
         ("TZ", "Europe/Berlin", False),
         ("PYTHONPATH", "./src", False),
