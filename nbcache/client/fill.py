@@ -302,7 +302,7 @@ def put_bytes(name: str, manifest: Manifest, write: Callable[[mmap.mmap], None],
     InvalidName, HostMemoryFull; if ``write`` raises, nothing is kept.
     """
     _check_speakable(name)
-    if target := aliases.listing().get(name):
+    if target := None if derived else aliases.listing().get(name):
         raise InvalidName(
             f"{name!r} is an alias of yours, for {target}, and would be loaded as that; save under another name, or remove the "
             f"alias: nbcache alias remove {name}"

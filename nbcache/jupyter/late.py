@@ -24,7 +24,7 @@ READERS: Mapping[str, tuple[str, ...]] = {
     "OPENBLAS_": ("numpy", "scipy"), "NUMEXPR_": ("numexpr",), "JOBLIB_": ("joblib",), "TQDM_": ("tqdm",),
 }  # fmt: skip
 """The packages that read variables which begin so, when they are imported."""
-READ_LATER = frozenset({"HF_TOKEN", "HF_ENDPOINT_TOKEN", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"})
+READ_LATER = frozenset({"HF_TOKEN", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"})
 """Variables that begin so too, and are read when they are used."""
 
 

@@ -52,8 +52,9 @@ def check_fits(lora: Lora, host: Host) -> list[str]:
             wrong.append(f"{name} has weights of {dimensions} dimensions, the LoRA's lora_A {lora.tensors[name + A].ndim}")
     for name in lora.recipe.others:
         component, _, path = name.partition(".")
-        present = host.components[component].state_dict().get(path) if component in host.components else None
-        if present is not None and present.shape != lora.tensors[name].shape:
+        module, _, parameter = path.rpartition(".")
+        present = getattr(_base_of(host, component, module), parameter, None)
+        if isinstance(present, torch.Tensor) and present.shape != lora.tensors[name].shape:
             wrong.append(f"{name} is {list(present.shape)}, the LoRA's {list(lora.tensors[name].shape)}")
     if not wrong and 2 * len(missing) < len(lora.recipe.alphas):
         return missing
