@@ -75,13 +75,13 @@ class Nursery:
         self._kept = _open_descriptors() - {listener.fileno(), *(sock.fileno() for sock in self._wakeup)}
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ, self._welcome)
-        self._selector.register(self._wakeup[0], selectors.EVENT_READ, lambda: self._wakeup[0].recv(64))
+        self._selector.register(self._wakeup[0], selectors.EVENT_READ, self._hear_signals)
 
     def run(self) -> None:
         """Serve until there is no reason to stay; SIGTERM is one to take no more launchers."""
         self._wakeup[1].setblocking(False)
         signal.set_wakeup_fd(self._wakeup[1].fileno())
-        signal.signal(signal.SIGTERM, lambda *_: self.stop_listening("asked to leave"))
+        signal.signal(signal.SIGTERM, lambda *_: None)  # heard in its turn, not in the middle of something
         self._fork_spare()
         next_tick_s = time.monotonic() + TICK_S
         while self._listener is not None or self._children:
@@ -127,12 +127,20 @@ class Nursery:
     def _kernels(self) -> list[Child]:
         return [child for child in self._children.values() if child is not self._spare]
 
+    def _hear_signals(self) -> None:
+        if signal.SIGTERM in self._wakeup[0].recv(64):
+            self.stop_listening("asked to leave")
+
     # Launchers
 
     def _welcome(self) -> None:
-        if self._listener is None:  # a signal came in the same round
+        if self._listener is None:  # it was given up in the same round
             return
-        connection, _ = self._listener.accept()
+        try:
+            connection, _ = self._listener.accept()
+        except OSError as error:
+            self.stop_listening(f"no launcher can be heard: {error}")
+            return
         visitor = Visitor(connection)
         self._visitors.add(visitor)
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._hear(visitor))
@@ -243,7 +251,11 @@ class Nursery:
 
     def _fork_spare(self) -> None:
         if self._spare is None and self._listener is not None and self._spares_lost < 3:
-            self._spare = self._fork(self._prepare)
+            try:
+                self._spare = self._fork(self._prepare)
+            except OSError as error:
+                self._spares_lost += 1
+                log(f"no process waits: {error}")
 
     def _fork(self, prepare: Callable[[], None] | None) -> Child:
         done = self._preloaded
@@ -269,6 +281,8 @@ class Nursery:
             os.close(fd)
 
     def _hear_child(self, child: Child) -> None:
+        if child.pid not in self._children:  # buried in the same round
+            return
         try:
             packet, _ = handover.receive(child.job)
         except OSError:

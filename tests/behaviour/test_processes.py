@@ -212,6 +212,8 @@ if not os.fork():
 """,
     "dataloader": """
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import worker
+worker.MP_STATUS_CHECK_INTERVAL = 600  # by then its workers see that their parent is gone, and go too
 batches = iter(DataLoader(range(1000), num_workers=2))
 next(batches)
 None

@@ -22,7 +22,7 @@ from nbcache.jupyter.installed import InstalledOnly, Snapshot, installed_folders
 from nbcache.jupyter.kernelspec import end_zygotes, examine
 from nbcache.jupyter.preload import leave_out, wanted, weigh
 from nbcache.jupyter.zygote import Obituary
-from tests.support.kernels import REPOSITORY, Kernel
+from tests.support.kernels import PATIENCE_S, REPOSITORY, Kernel
 from tests.support.waiting import eventually
 from tests.support.zygotes import is_forked, processes_of, start_zygote, write_specs, zygote, zygote_environment
 
@@ -372,6 +372,35 @@ def test_there_are_not_too_many_zygotes(runtime_dir, monkeypatch):
 
 
 # The parts
+
+
+NURSERY = """
+import os, signal, socket, sys
+from nbcache.jupyter import handover, nursery, zygote
+from nbcache.jupyter.preload import Preloaded
+
+class Listener(socket.socket):
+    def accept(self):
+        {meanwhile}
+        return super().accept()
+
+place = handover.Place(b"", sys.argv[1])
+listener = zygote._bind(place.socket)
+nursery.Nursery(place, Listener(fileno=listener.detach()), b"", Preloaded(), 600.0).run()
+"""
+
+
+@pytest.mark.parametrize("meanwhile", ["os.kill(os.getpid(), signal.SIGTERM)", "raise OSError('no descriptors')"])
+def test_a_zygote_that_takes_no_more_launchers_ends_in_good_order(tmp_path, meanwhile):
+    """It would leave its kernels alone otherwise."""
+    command = [sys.executable, "-c", NURSERY.format(meanwhile=meanwhile), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) as process:
+        visitor = eventually(lambda: handover.connect(handover.Place(b"", str(tmp_path)).socket), PATIENCE_S)
+        with visitor:
+            said, _ = process.communicate(timeout=PATIENCE_S)
+    assert "no more kernels" in said
+    assert process.returncode == 0
+    assert not list(tmp_path.iterdir())
 
 
 HEAVY = {
