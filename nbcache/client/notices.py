@@ -31,7 +31,11 @@ class LoraIncomplete(UserWarning):
 
 
 class SetTooLate(UserWarning):
-    """A cell has set what a package would have read when it was imported, and the package was imported ahead."""
+    """A notebook has set what a package would have read when it was imported; it was imported ahead, and cannot be anew."""
+
+
+class ImportedAnew(UserWarning):
+    """A package that was imported ahead of a kernel was imported again, for the notebook has set what it reads then."""
 
 
 def notify(category: type[UserWarning], message: str) -> None:

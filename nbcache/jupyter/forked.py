@@ -25,12 +25,14 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, TextIO
 
-from nbcache.jupyter import handover, late, proof, traces
+from nbcache.jupyter import handover, proof, traces
+from nbcache.jupyter.ahead import Ahead
 from nbcache.jupyter.installed import entries_in
 from nbcache.jupyter.peers import Peers
+from nbcache.jupyter.veil import Veil
 
 ABOVE = 200
 """Descriptors that are in the way are moved to numbers from here on."""
@@ -94,14 +96,14 @@ def live(
     prepare: Callable[[], None] | None,
     variables: Mapping[str, str],
     anew: Iterable[str],
-    ahead: Set[str],
+    ahead: Ahead,
 ) -> NoReturn:
     """What a forked process does with its life. ``prepare`` is done before the request comes, if given.
 
     ``variables`` are those that a kernel's own modules set in its environment when they are imported; ``anew`` the modules that
-    it is to import itself, if it wants them; ``ahead`` the packages that an ordinary kernel would not have imported yet.
+    it is to import itself, if it wants them; ``ahead`` those that it is to find once it imports them.
     """
-    birth, writers = Birth(job), traces.Writers()
+    birth, writers, veil = Birth(job), traces.Writers(), Veil(ahead)
     try:
         if prepare is not None:
             prepare()
@@ -111,8 +113,9 @@ def live(
         begin_anew(request)
         os.environ.update(variables)
         forget_modules(anew)
+        veil.draw()
         birth.watch()
-        _adapt_kernel(lambda: birth.tell(handover.SERVING), request.born, writers, ahead)
+        _adapt_kernel(lambda: birth.tell(handover.SERVING), request.born, writers, veil)
     except Exception as error:  # noqa: BLE001 - told to the zygote
         birth.tell(handover.FAILED + f"{type(error).__name__}: {error}".encode(errors="replace"))
         traceback.print_exc()
@@ -197,7 +200,6 @@ def begin_anew(request: handover.Request) -> None:
             module.current_process().authkey = os.urandom(32)
     proof.reseed()
     traces.begin_logging_anew()
-    traces.keep_filters_to_oneself()
 
 
 def forget_modules(names: Iterable[str]) -> None:
@@ -234,12 +236,12 @@ def _open_stream(number: int, name: str, old: TextIO | None) -> TextIO:
     return stream
 
 
-def _adapt_kernel(tell: Callable[[], None], born: float, writers: traces.Writers, ahead: Set[str]) -> None:
+def _adapt_kernel(tell: Callable[[], None], born: float, writers: traces.Writers, veil: Veil) -> None:
     """Prepare ipykernel for a kernel that was forked. The class is as it was once the kernel has started.
 
     The kernel that starts next calls ``tell`` once it has opened its ports, minds its :class:`Peers`, and does not look after
     its parent: that is not who started it, and ipykernel would end it as soon as the zygote is gone. That it was started by
-    Jupyter, it still knows. ``writers`` are those to the zygote's streams; ``ahead`` is for :mod:`nbcache.jupyter.late`.
+    Jupyter, it still knows. ``writers`` are those to the zygote's streams.
     """
     from ipykernel.kernelapp import IPKernelApp
 
@@ -254,7 +256,7 @@ def _adapt_kernel(tell: Callable[[], None], born: float, writers: traces.Writers
     _after_next(IPKernelApp, "init_heartbeat", lambda app: tell())
     _after_next(IPKernelApp, "init_io", lambda app: writers.hand_over())
     _after_next(IPKernelApp, "init_kernel", lambda app: peers.mind(app.kernel))
-    _after_next(IPKernelApp, "init_shell", lambda app: late.watch(app.shell, ahead) if app.shell else None)
+    _after_next(IPKernelApp, "init_gui_pylab", lambda app: veil.settle())
 
 
 def _after_next(cls: type[Any], name: str, then: Callable[[Any], None]) -> None:

@@ -7,13 +7,16 @@ since; :func:`shadowed` when the notebook's folder has a module of its own under
 
 from __future__ import annotations
 
+import contextlib
 import os
 import site
 import sys
 import sysconfig
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 from nbcache.jupyter.deferred import DeferredLoader, is_deferred
 
@@ -33,15 +36,20 @@ class InstalledOnly:
     Notes
     -----
     Many packages try an import and do without it, so a refusal may go unnoticed where it happened: ``refused`` keeps them.
-    ``on_find`` is told of each top-level module that is looked for.
+    ``on_find`` is told of each top-level module that is looked for, and each is executed within ``around``.
     """
 
     def __init__(
-        self, folders: Sequence[str], deferred: Container[str] = (), on_find: Callable[[str], None] = lambda _: None
+        self,
+        folders: Sequence[str],
+        deferred: Container[str] = (),
+        on_find: Callable[[str], None] = lambda _: None,
+        around: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
     ) -> None:
         self._folders = tuple(folder.rstrip("/") + "/" for folder in folders)
         self._deferred = deferred
         self._on_find = on_find
+        self._around = around
         self.refused: list[str] = []
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
@@ -57,6 +65,7 @@ class InstalledOnly:
                 self._check(name, spec)
                 if name in self._deferred and hasattr(spec.loader, "exec_module"):
                     spec.loader = DeferredLoader(spec.loader)
+                _execute_within(spec.loader, self._around, name)
                 return spec
         return None
 
@@ -66,6 +75,21 @@ class InstalledOnly:
             if not os.path.abspath(place).startswith(self._folders):
                 self.refused.append(f"{name} ({place})")
                 raise ImportError(f"{name} is not installed, it lies in {place}", name=name)
+
+
+def _execute_within(loader: Any, around: Callable[[str], AbstractContextManager[None]], name: str) -> None:  # noqa: ANN401
+    """Have a loader execute the next module within a context; it is as it was then."""
+    stock = getattr(loader, "exec_module", None)
+    if stock is None or isinstance(loader, type):
+        return
+
+    def exec_module(module: ModuleType) -> None:
+        vars(loader).pop("exec_module", None)
+        with around(name):
+            stock(module)
+
+    with contextlib.suppress(AttributeError):
+        loader.exec_module = exec_module
 
 
 def installed_folders() -> list[str]:

@@ -10,6 +10,7 @@ import time
 from nbcache.config import NBCache
 from nbcache.jupyter.experience import MAX_CANDIDATES, SLOW_S, recall, revise
 from nbcache.jupyter.installed import installed_folders, is_below
+from nbcache.jupyter.veil import has_come_back
 
 
 class Learner:
@@ -43,7 +44,10 @@ class Learner:
         found = [
             name
             for name, file in files.items()
-            if name.partition(".")[0] not in stdlib and isinstance(file, str) and is_below(os.path.abspath(file), folders)
+            if not has_come_back(name)
+            and name.partition(".")[0] not in stdlib
+            and isinstance(file, str)
+            and is_below(os.path.abspath(file), folders)
         ]
         known = recall()
         seen = {*known.learned, *known.candidates, *known.quick}

@@ -60,7 +60,7 @@ class Nursery:
         self._inode = os.stat(place.socket).st_ino
         self._identity = identity
         self._preloaded = preloaded
-        self._ahead = preloaded.ahead()
+        self._ahead = preloaded.ahead.packages
         self._user_folders = _user_folders()
         self._snapshot = Snapshot([*settings.files(), *configuration_files()])
         self._idle_s = idle_s
@@ -259,7 +259,7 @@ class Nursery:
 
     def _fork(self, prepare: Callable[[], None] | None) -> Child:
         done = self._preloaded
-        child = fork_child(self._forget, prepare, done.variables, done.shell_askers, self._ahead)
+        child = fork_child(self._forget, prepare, done.variables, done.shell_askers, done.ahead)
         self._children[child.pid] = child
         self._selector.register(child.pidfd, selectors.EVENT_READ, lambda: self._bury(child))
         self._selector.register(child.job, selectors.EVENT_READ, lambda: self._hear_child(child))

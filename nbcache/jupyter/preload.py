@@ -20,11 +20,13 @@ import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+from nbcache.jupyter.ahead import Ahead
+from nbcache.jupyter.effects import Effects
 from nbcache.jupyter.experience import SLOW_S, Experience, by_package
 from nbcache.jupyter.installed import InstalledOnly, installed_folders, mapped_math_libraries, top_level
-from nbcache.jupyter.traces import noting_folders, noting_generators
+from nbcache.jupyter.traces import noting_folders, noting_generators, noting_reads
 
 KERNEL_MODULES = (
     "ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "ipykernel.debugger", "ipykernel.pickleutil",
@@ -68,17 +70,12 @@ class Preloaded:
 
     seconds: dict[str, float] = field(default_factory=dict)
     """By module, in order; those that were asked for, and that no earlier one had imported."""
-    kernel: set[str] = field(default_factory=set)
-    """Packages that an ordinary kernel has imported too by the time that a notebook can import anything."""
-
     variables: dict[str, str] = field(default_factory=dict)
     """What the kernel's own modules have set in the environment, as they do in an ordinary kernel."""
     shell_askers: set[str] = field(default_factory=set)
     """Modules that asked for IPython's shell when they were imported: there was none. A kernel imports them anew."""
-
-    def ahead(self) -> set[str]:
-        """Packages that a kernel would find imported, though an ordinary one would still look for them."""
-        return top_level(sys.modules) - self.kernel - set(sys.stdlib_module_names)
+    ahead: Ahead = field(default_factory=lambda: Ahead(set(sys.modules), Effects(), {}))
+    """What an ordinary kernel would not have imported by the time that a notebook can import anything."""
 
 
 def prepare_environment() -> None:
@@ -105,21 +102,25 @@ def preload(
     with watch, asking_for_the_shell(done.shell_askers), noting_generators():
         for name in KERNEL_MODULES:
             _import_kernel_module(name)
-        watch.begin()
-        done.kernel = top_level(sys.modules)
         done.variables = {name: value for name, value in os.environ.items() if before.get(name) != value}
-        for name in ("torch", *names):
-            if name in sys.modules:
-                continue
-            before_each(name)
-            seconds = watch.load(name)
-            if seconds is not None:
-                done.seconds[name] = seconds
-                after_each(name)
-        if "torch" in sys.modules:
-            importlib.import_module("nbcache.client.api").prepare()
+        _set_as_kernels_do()
+        watch.begin()
+        visible, read = set(sys.modules), dict[str, set[str]]()
+        with noting_reads(read):
+            for name in ("torch", *names):
+                if name in sys.modules:
+                    continue
+                before_each(name)
+                seconds = watch.load(name)
+                if seconds is not None:
+                    done.seconds[name] = seconds
+                    after_each(name)
+            if "torch" in sys.modules:
+                importlib.import_module("nbcache.client.api").prepare()
     if watch.refused:
         raise Broken("a kernel's own modules", f"import what is not installed: {watch.refused[0]}")
+    done.ahead = Ahead(visible, watch.effects, read, done.seconds)
+    watch.effects.undo(done.ahead.packages)
     return done
 
 
@@ -170,6 +171,15 @@ def attempt(name: str, deferred: Container[str] = ()) -> str:
     return ""
 
 
+def _set_as_kernels_do() -> None:
+    """Set the variables that a kernel sets when its shell is made; colours hang on them."""
+    from ipykernel.zmqshell import ZMQInteractiveShell
+
+    shell: Any = ZMQInteractiveShell
+    with contextlib.suppress(AttributeError):
+        shell.init_environment(None)
+
+
 def _import_kernel_module(name: str) -> None:
     try:
         importlib.import_module(name)
@@ -182,7 +192,8 @@ class _Watch:
     """Imports one module after the other, and looks what each does to the process."""
 
     def __init__(self, deferred: Container[str] = ()) -> None:
-        self._guard = InstalledOnly(installed_folders(), deferred, self._look)
+        self._guard = InstalledOnly(installed_folders(), deferred, self._look, lambda name: self.effects.of(name))
+        self.effects = Effects()
         self._libraries: set[str] = set()
         self._threads = 0
         self._found = ""
@@ -203,6 +214,7 @@ class _Watch:
     def begin(self) -> None:
         """Take what is there now as harmless, and NVML's thread, which whoever asks for GPUs would start."""
         _start_nvml()
+        self.effects = Effects()
         self._libraries = mapped_math_libraries()
         self._threads = _thread_count()
 
@@ -219,7 +231,7 @@ class _Watch:
         folders: list[str] = []
         start = time.perf_counter()
         try:
-            with noting_folders(folders):
+            with noting_folders(folders), self.effects.of(self._found):
                 importlib.import_module(name)
             imported = True
         except (Exception, SystemExit, KeyboardInterrupt):  # noqa: BLE001 - it will fail in the kernel too, and be told there

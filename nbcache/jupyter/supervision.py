@@ -6,11 +6,12 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import NoReturn
 
 from nbcache.jupyter import forked, proof
+from nbcache.jupyter.ahead import Ahead
 
 Forget = Callable[[int], None]
 """Called in a forked child with the one descriptor to keep: gives up what only the zygote may hold."""
@@ -61,7 +62,7 @@ def fork_child(
     prepare: Callable[[], None] | None,
     variables: Mapping[str, str],
     anew: Iterable[str],
-    ahead: Set[str],
+    ahead: Ahead,
 ) -> Child:
     """Fork a process that waits for a job. OSError if the system refuses one. The rest: :func:`nbcache.jupyter.forked.live`."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

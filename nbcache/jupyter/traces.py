@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import random
 import sys
 import tempfile
 import time
-import warnings
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,6 +66,41 @@ def noting_folders(found: list[str]) -> Iterator[None]:
         tempfile.mkdtemp = stock
 
 
+@contextlib.contextmanager
+def noting_reads(found: dict[str, set[str]]) -> Iterator[None]:
+    """Note the variables that are read meanwhile, by the package whose module is executed. Who goes through all, reads none."""
+    kind: Any = type(os.environ)
+    stock_get, stock_iterate = kind.__getitem__, kind.__iter__
+    passed: deque[Any] = deque()  # what was gone through: its values come next, in this order
+
+    def get(self: object, key: Any) -> Any:  # noqa: ANN401
+        if passed and key == passed[0]:
+            passed.popleft()
+        elif isinstance(key, str):
+            found.setdefault(_executing(), set()).add(key)
+        return stock_get(self, key)
+
+    def iterate(self: object) -> Iterator[Any]:
+        passed.clear()
+        for key in stock_iterate(self):
+            passed.append(key)
+            yield key
+
+    kind.__getitem__, kind.__iter__ = get, iterate
+    try:
+        yield
+    finally:
+        kind.__getitem__, kind.__iter__ = stock_get, stock_iterate
+
+
+def _executing() -> str:
+    """The package of the module that is being executed."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name != "<module>":
+        frame = frame.f_back  # type: ignore[assignment]
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] if frame is not None else ""
+
+
 class Writers:
     """The log handlers that write to ``stdout`` or ``stderr`` as these are now, in a process that is to get others.
 
@@ -94,25 +130,3 @@ def begin_logging_anew() -> None:
     """Have log records tell the time since this process started."""
     is_ns = isinstance(logging._startTime, int)  # type: ignore[attr-defined] # from Python 3.13 on
     logging._startTime = time.time_ns() if is_ns else time.time()  # type: ignore[attr-defined]
-
-
-class _Filters(list[Any]):
-    """Warning filters, which are pickled without those of packages: a worker would have to import each of these for it."""
-
-    def __getitem__(self, index: Any) -> Any:  # noqa: ANN401
-        found = super().__getitem__(index)
-        return _Filters(found) if isinstance(index, slice) else found  # how catch_warnings copies them
-
-    def __copy__(self) -> _Filters:
-        return _Filters(self)
-
-    def __reduce_ex__(self, protocol: object) -> Any:  # noqa: ANN401
-        own = [each for each in self if each[2].__module__.partition(".")[0] in sys.stdlib_module_names]
-        return list, (own,)
-
-
-def keep_filters_to_oneself() -> None:
-    """Have the warning filters of what was imported ahead stay in this process; scikit-learn sends them to its workers."""
-    warnings.filters = _Filters(warnings.filters)
-    with contextlib.suppress(AttributeError):
-        warnings._filters_mutated()  # type: ignore[attr-defined]

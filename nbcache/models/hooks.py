@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -85,23 +85,26 @@ class Switch:
         self._bound = wanted
         if wanted:
             sys.meta_path.insert(0, self._watch)
-            for name in watched():
-                self._bind(sys.modules.get(name))
-            self._bind_aliases()
+            self._bind_all(list(sys.modules.values()))
         else:
             sys.meta_path.remove(self._watch)
             self._service = None
-            _rebind(self._stock)
+            _rebind(self._stock, list(sys.modules.values()))
 
-    def _imported(self, module: ModuleType) -> None:
+    def _imported(self, modules: Iterable[object]) -> None:
         with self._lock:
             if self._bound:
-                self._bind(module)
+                self._bind_all(list(modules))
 
-    def _bind(self, module: ModuleType | None) -> None:
+    def _bind_all(self, modules: Collection[object]) -> None:
+        """Replace what the table has for these modules, and in all of them what was imported from safetensors before."""
+        for module in modules:
+            if isinstance(module, ModuleType) and vars(module).get("__name__") in watched():
+                self._bind(module)
+        _rebind({stock: new for (kind, stock), new in self._replacements.items() if kind in ALIASED}, modules)
+
+    def _bind(self, module: ModuleType) -> None:
         """Replace the names that the table has for a module. Those that are kept may have come from a module that was bound."""
-        if module is None:
-            return
         for point in (point for point in POINTS if point.module == module.__name__):
             found = vars(module).get(point.name)
             ours = id(found) in self._stock
@@ -109,10 +112,6 @@ class Switch:
                 vars(module)[point.name] = self._stock[id(found)]
             elif callable(found) and not ours and point.kind != "keep":
                 vars(module)[point.name] = self._replacement(point, found)
-
-    def _bind_aliases(self) -> None:
-        """Replace what was imported from safetensors before, anywhere: other packages, and the notebook itself."""
-        _rebind({stock: new for (kind, stock), new in self._replacements.items() if kind in ALIASED})
 
     def _replacement(self, point: Point, stock: Function) -> Function:
         made = self._replacements.get((point.kind, id(stock)))
@@ -163,9 +162,9 @@ def _type_like(stock: type, function: Function) -> Function:
     return _Opening(stock.__name__, (), {**described, "opened_by": staticmethod(function)})
 
 
-def _rebind(instead: dict[int, Function]) -> None:
-    """In every module, put what ``instead`` has for an object's identity in its place."""
-    for module in list(sys.modules.values()):
+def _rebind(instead: dict[int, Function], modules: Iterable[object]) -> None:
+    """In these modules, the notebook's own among them, put what ``instead`` has for an object's identity in its place."""
+    for module in modules:
         if isinstance(module, ModuleType):
             names = vars(module)
             for name, value in list(names.items()):
@@ -174,9 +173,12 @@ def _rebind(instead: dict[int, Function]) -> None:
 
 
 class ImportWatch(MetaPathFinder):
-    """Says when one of the named modules was imported, right after its code ran. Finds nothing itself."""
+    """Says when one of the named modules was imported, right after its code ran. Finds nothing itself.
 
-    def __init__(self, names: frozenset[str], imported: Callable[[ModuleType], None]) -> None:
+    In a kernel that was forked, many come at once, whose code ran before: then it is told of them, and says all.
+    """
+
+    def __init__(self, names: frozenset[str], imported: Callable[[Iterable[object]], None]) -> None:
         self._names = names
         self._callback = imported
 
@@ -194,11 +196,15 @@ class ImportWatch(MetaPathFinder):
                 return spec
         return None
 
+    def came_back(self, modules: Iterable[object]) -> None:
+        """The finder of :mod:`nbcache.jupyter.veil` calls this."""
+        self._callback(modules)
+
 
 class _Reporting(Loader):
     """A module's loader, until it has run: the module itself is given the original."""
 
-    def __init__(self, original: Loader, imported: Callable[[ModuleType], None]) -> None:
+    def __init__(self, original: Loader, imported: Callable[[Iterable[object]], None]) -> None:
         self._original = original
         self._callback = imported
 
@@ -210,7 +216,7 @@ class _Reporting(Loader):
             module.__spec__.loader = self._original
         module.__loader__ = self._original
         self._original.exec_module(module)
-        self._callback(module)
+        self._callback([module])
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         return getattr(self._original, name)

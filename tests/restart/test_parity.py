@@ -70,7 +70,9 @@ def look():
         "faulthandler": (faulthandler.is_enabled(), name(faulthandler.enable)),
         "tempdir": tempfile.gettempdir(),
         "excepthook": name(sys.excepthook), "displayhook": type(sys.displayhook).__name__,
-        "finders": [name(f).partition(" object at")[0] for f in sys.meta_path], "hooks": [name(f) for f in sys.path_hooks],
+        "finders": [name(f).partition(" object at")[0] for f in sys.meta_path if type(f).__name__ != "Veil"],
+        "hooks": [name(f) for f in sys.path_hooks],
+        "packages": sorted({n.partition(".")[0] for n in sys.modules} - sys.stdlib_module_names),
         "gc": (gc.isenabled(), gc.get_threshold()), "recursion": sys.getrecursionlimit(), "switch": sys.getswitchinterval(),
         "root logger": [type(h).__name__ for h in logging.getLogger().handlers],
         "builtins": sorted(vars(builtins)),
@@ -81,7 +83,6 @@ def look():
             m.process.ORIGINAL_DIR) for m in (multiprocessing, multiprocess)],
         "torch": (torch.get_num_threads(), torch.get_num_interop_threads(), str(torch.get_default_dtype()),
             torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled(), torch.cuda.is_available()),
-        "modules": sorted(n for n in sys.modules if n.partition(".")[0] in ("matplotlib", "pandas", "transformers")),
         "kernel": (type(get_ipython().kernel).__name__, type(get_ipython().kernel.parent).__name__,
             get_ipython().kernel.parent.parent_handle, sorted(get_ipython().magics_manager.magics["line"])),
     }
@@ -92,7 +93,7 @@ def draws():
         str(uuid.uuid4()), bytes(multiprocessing.current_process().authkey), bytes(multiprocess.current_process().authkey)]
 """
 
-DIFFERENT = {"threads"}
+DIFFERENT = {"threads", "packages"}
 """Compared apart."""
 PASSED = 77
 """The number of a descriptor that a kernel is given beside the standard streams."""
@@ -173,6 +174,12 @@ def test_their_threads_are_the_same_but_for_who_watches_the_parent(pair):
     assert "nbcache-watch" in forked
     assert len(forked) == len(ordinary)
     assert len(set(forked) ^ set(ordinary)) <= 2
+
+
+def test_they_find_the_same_packages_imported_but_for_what_a_kernel_soon_imports_itself(pair):
+    forked, ordinary = (set(value(kernel, "look()['packages']")) for kernel in pair)
+    assert ordinary <= forked
+    assert forked - ordinary <= {"ipykernel_launcher", "jedi", "parso", "matplotlib_inline"}
 
 
 def test_what_must_differ_does(pair):

@@ -1,0 +1,248 @@
+"""What a notebook sets before its first import of a package counts in a forked kernel, though it was imported ahead."""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+import pytest
+
+from nbcache.jupyter.experience import recall
+from tests.restart.test_fast_path import environment, installed, own_specs  # noqa: F401
+from tests.support.kernels import Kernel
+from tests.support.zygotes import is_forked, start_zygote
+
+
+@pytest.fixture
+def start(environment, own_specs, monkeypatch):  # noqa: F811
+    """A forked kernel whose zygote has imported these modules ahead, each of its source."""
+    kernels = []
+
+    def start(**sources: str) -> Kernel:
+        monkeypatch.setenv("NBCACHE_PRELOAD", ",".join(sources))
+        for name, source in sources.items():
+            installed(environment, name, source)
+        start_zygote(own_specs)
+        kernels.append(Kernel("nbcache", own_specs).__enter__())
+        assert is_forked(kernels[0])
+        return kernels[0]
+
+    yield start
+    for kernel in kernels:
+        kernel.close()
+
+
+def said(kernel: Kernel, code: str) -> str:
+    outcome = kernel.try_run(code)
+    assert not outcome.error, outcome.error
+    return outcome.stderr
+
+
+def value(kernel: Kernel, code: str) -> Any:
+    return ast.literal_eval(kernel.run(code))
+
+
+def test_what_was_imported_ahead_is_seen_once_it_is_imported(start):
+    kernel = start(thing="import json, other\nvalue = object()", other="def f(): pass")
+    look = "import sys; [name in sys.modules for name in ('thing', 'other', 'torch', 'numpy', 'nbcache', 'json')]"
+    assert value(kernel, look) == [False, False, False, False, True, True]
+    find = "import importlib.util; s = importlib.util.find_spec('thing')\n"
+    find += "s.origin.endswith('thing.py'), 'object' in s.loader.get_source('thing'), 'thing' in sys.modules"
+    assert value(kernel, find) == (True, True, False)
+    assert value(
+        kernel,
+        "import thing, other; thing.__spec__.loader is thing.__loader__, type(thing.__loader__).__name__, other is thing.other",
+    ) == (True, "SourceFileLoader", True)
+    assert value(kernel, look) == [True, True, False, False, True, True]
+    assert value(
+        kernel, "from torch.nn import functional as F; import torch; torch.nn.functional is F, torch.ones(2).sum().item()"
+    ) == (True, 2.0)
+    assert value(kernel, "import importlib; importlib.reload(thing) is thing") is True
+    assert value(kernel, "import pickle; pickle.loads(pickle.dumps(torch.nn.Linear(2, 2))).weight.shape == (2, 2)") is True
+    assert value(kernel, "import numpy; numpy.ones(3).sum().item(), torch.from_numpy(numpy.ones(3)).sum().item()") == (3.0, 3.0)
+    assert not recall().candidates
+
+
+def test_nbcache_itself_brings_what_it_needs(start):
+    kernel = start()
+    look = "import sys; [n in sys.modules for n in ('nbcache.client.loading', 'nbcache.client.tensors', 'torch.nn', 'numpy')]"
+    assert value(kernel, look) == [False, False, False, False]
+    assert value(kernel, "import nbcache; import nbcache.client.loading as loading; loading is nbcache.client.loading") is True
+    assert value(kernel, look) == [True, True, True, True]
+    assert value(kernel, "import torch; loading.torch is torch") is True
+
+
+def test_a_variable_that_is_set_before_the_import_counts(start):
+    kernel = start(
+        hub="import os\nhome = os.environ.get('HUB_HOME')\ndef later(): return os.getenv('HUB_TOKEN')",
+        above="import hub\nhome = hub.home",
+        beside="import os\nvalue, all_of_it = object(), dict(os.environ)",
+    )
+    code = "import os, beside; one = beside.value; os.environ['HUB_HOME'] = '/somewhere'; os.environ['HUB_TOKEN'] = 'x'"
+    assert not said(kernel, code)
+    code = "import above, hub, beside; above.home, hub.home, hub.later(), beside.value is one"
+    assert value(kernel, code) == ("/somewhere", "/somewhere", "x", True)
+    kernel.restart()
+    code = "import os; os.environ['HUB_HOME'] = '/somewhere'; import above, beside\n"
+    code += "from nbcache.jupyter.veil import has_come_back; [has_come_back(name) for name in ('above', 'hub', 'beside')]"
+    assert value(kernel, code) == [False, False, True]
+    kernel.restart()
+    assert is_forked(kernel)
+    assert value(kernel, "import above; [above.home]") == [None]
+    assert value(kernel, "import os; os.environ['HUB_HOME'] = '/late'; import hub; [hub.home]") == [None]  # as ever
+    kernel.restart()
+    assert kernel.run("%env HUB_HOME=/there") and value(kernel, "from hub import home; home, __import__('above').home") == (
+        "/there",
+        "/there",
+    )
+
+
+def test_a_variable_that_is_set_too_late_for_compiled_modules_is_told_of_once(start):
+    kernel = start()
+    assert not said(kernel, "import os; os.environ |= {'OF_NO_CONCERN': '1', 'CUDA_VISIBLE_DEVICES': '0', 'HF_HOME': '/x'}")
+    assert not said(kernel, "os.environ['OMP_NUM_THREADS'] = '1'")
+    text = said(kernel, "import torch")
+    assert "SetTooLate: OMP_NUM_THREADS was set after " in text
+    assert "torch had been imported ahead of this kernel, and has no effect there" in text
+    assert "kernelspec's env" in text
+    assert not said(kernel, "import torch, numpy, nbcache; nbcache.load")
+    kernel.restart()
+    assert is_forked(kernel)
+    silent = "import warnings; warnings.simplefilter('ignore'); import os; os.environ['OMP_NUM_THREADS'] = '1'; import torch"
+    assert not said(kernel, silent)  # it is a warning, and can be told to be silent
+
+
+@pytest.mark.parametrize("how", ["sys.path", "%cd", "%run"])
+def test_a_module_of_ones_own_that_comes_first_is_what_is_imported(start, tmp_path, how):
+    kernel = start(thing="value = 'installed'", above="import thing\nvalue = thing.value")
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    (folder / "thing.py").write_text("value = 'my own'")
+    (folder / "script.py").write_text("import thing\nprint(thing.value)")
+    if how == "%run":
+        assert kernel.run(f"%run {folder}/script.py") == "my own"
+        return
+    kernel.run(f"import sys; sys.path.insert(0, {str(folder)!r})" if how == "sys.path" else f"%cd -q {folder}")
+    assert value(kernel, "import above; above.value") == "my own"
+    kernel.restart()
+    kernel.run(f"import sys; sys.path.append({str(folder)!r})")  # where an ordinary kernel would not find it either
+    assert value(kernel, "import above; above.value") == "installed"
+
+
+def test_a_compiled_package_of_ones_own_that_comes_first_is_told_of(start, tmp_path):
+    kernel = start()
+    (tmp_path / "checkout" / "numpy").mkdir(parents=True)
+    (tmp_path / "checkout" / "numpy" / "__init__.py").touch()
+    text = said(kernel, f"import sys; sys.path.insert(0, {str(tmp_path / 'checkout')!r}); import numpy; numpy.ones(1)")
+    assert f"{tmp_path}/checkout/numpy/__init__.py is not what `import numpy` gives" in text
+
+
+CHANGES = """
+import builtins, decimal, gc, locale, logging, os, signal, sys, threading, warnings
+import numpy
+warnings.simplefilter("ignore")
+warnings.filterwarnings("error", category=BytesWarning, append=True)
+os.environ["SET_BY_THING"] = "1"
+os.environ.setdefault("SET_BY_BOTH", "thing's")
+sys.setrecursionlimit(4321)
+sys.path.append("/of/thing")
+decimal.getcontext().prec = 7
+numpy.set_printoptions(precision=2)
+numpy.seterr(divide="ignore")
+logging.basicConfig(level=logging.ERROR)
+logging.root.addHandler(logging.NullHandler())
+builtins.of_thing = 1
+signal.signal(signal.SIGUSR2, lambda *_: None)
+gc.set_threshold(701, 11, 11)
+threading.excepthook = print
+"""
+LOOK = """
+def look():
+    import builtins, decimal, gc, logging, os, signal, sys, threading, warnings
+    return (
+        [(each[0], each[2].__name__) for each in (warnings.filters[0], warnings.filters[-1])],
+        os.environ.get("SET_BY_THING"), os.environ.get("SET_BY_BOTH"), sys.getrecursionlimit(), sys.path[-1] == "/of/thing",
+        str(decimal.Decimal(1) / 3), [type(each).__name__ for each in logging.root.handlers], logging.root.level,
+        hasattr(builtins, "of_thing"), callable(signal.getsignal(signal.SIGUSR2)), gc.get_threshold(),
+        threading.excepthook is print,
+    )
+def numbers():
+    import numpy
+    return repr(numpy.array([1.23456])), numpy.geterr()["divide"]
+"""
+
+
+def test_what_an_import_changes_in_the_whole_process_is_changed_once_it_is_imported(start, own_specs):  # noqa: F811
+    kernel = start(thing=CHANGES)
+    seen = []
+    with Kernel("ordinary", own_specs) as ordinary:
+        for each in (kernel, ordinary):
+            each.run(LOOK)
+            before = value(each, "look()")
+            each.run("import os; os.environ['SET_BY_BOTH'] = 'mine'")
+            numbers = value(each, "numbers()")
+            each.run("import thing")
+            seen.append((before, numbers, value(each, "look()"), value(each, "numbers()")))
+    assert seen[0] == seen[1]
+    before, numbers, after, numbers_after = seen[0]
+    assert numbers == ("array([1.23456])", "warn")
+    assert numbers_after == ("array([1.23])", "ignore")
+    assert before[1:3] == (None, None)
+    assert before[3] != 4321
+    assert after[1:5] == ("1", "mine", 4321, True)
+    assert after[0] == [("ignore", "Warning"), ("error", "BytesWarning")]
+
+
+def test_what_is_served_from_the_cache_is_also_what_was_imported_ahead(start):
+    kernel = start(takes="from safetensors.torch import load_file as load\nfrom safetensors import safe_open as opens")
+    kernel.run("import nbcache; nbcache.enable()")
+    code = "import takes, safetensors, safetensors.torch as st\n"
+    code += "takes.load is st.load_file, takes.opens is safetensors.safe_open, hasattr(st.load_file, '__wrapped__')"
+    assert value(kernel, code) == (True, True, True)
+    kernel.run("nbcache.disable()")
+    assert value(kernel, code) == (True, True, False)
+
+
+def test_an_import_that_takes_long_once_more_is_told_of(start):
+    kernel = start(slow="import os, time\ntime.sleep(0.6)\nhome = os.environ.get('SLOW_HOME')")
+    assert not said(kernel, "import os; os.environ['SLOW_HOME'] = '/x'")
+    text = said(kernel, "import slow")
+    assert "ImportedAnew: SLOW_HOME was set here, so slow are imported anew (about 0." in text
+    assert not said(kernel, "import slow")
+
+
+def test_a_lazy_loader_finds_what_is_hidden(start):
+    """As importlib's documentation writes it."""
+    kernel = start(thing="value = 42")
+    kernel.run("""
+import importlib.util, sys
+spec = importlib.util.find_spec("thing")
+spec.loader = importlib.util.LazyLoader(spec.loader)
+thing = importlib.util.module_from_spec(spec)
+sys.modules["thing"] = thing
+spec.loader.exec_module(thing)
+""")
+    assert value(kernel, "thing.value, thing.__spec__.loader is thing.__loader__, __import__('thing') is thing") == (
+        42, True, True,
+    )  # fmt: skip
+
+
+def test_threads_that_import_at_once_find_the_same(start):
+    kernel = start()
+    code = """
+import importlib, threading
+found, names = [], ["torch.nn", "numpy", "torch", "torch.utils.data", "nbcache.client.api", "numpy.linalg", "torch.optim"] * 3
+gate = threading.Barrier(len(names))
+def find(name):
+    gate.wait()
+    found.append((name, id(importlib.import_module(name))))
+threads = [threading.Thread(target=find, args=(name,)) for name in names]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+import torch, numpy
+len(found) == len(names), len(set(found)) == 7, float(torch.from_numpy(numpy.ones(4)).sum())
+"""
+    for _ in range(4):
+        assert value(kernel, code) == (True, True, 4.0)
+        kernel.restart()
+        assert is_forked(kernel)
