@@ -68,6 +68,7 @@ INNER_RANKS: dict[str, dict[str, int]] = {
         "notices": 0,
         "options": 0,
         "tensors": 0,
+        "ends": 0,
         "session": 1,
         "fill": 2,
         "blocks": 2,

@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import msgspec
 import torch
 
+from nbcache.client import ends
 from nbcache.client import tensors as edge
 from nbcache.client.blocks import Copy, mapped_blocks
 from nbcache.client.fill import Grant, Offer, Wish, committed, read_answer
@@ -123,9 +124,16 @@ class Device:
         self._driver.copy(target, source, size_bytes, self._views.stream())
 
     def _loaded(self, grant: Grant, made: _Made, layout: Manifest, share: Share, read: bool) -> Loaded:
-        kept = None if share == "private" else made.slab  # private tensors need no lease
+        kept: SlabMap | None = made.slab
+        if share == "private":  # such tensors need no lease
+            kept = None
+            ends.behind(partial(self._end, made.slab, self._views.queued()))
         tensors = edge.arrange(made.tensors, layout)
         return Loaded(tensors, grant.key, grant.name, self._name, layout, made.private_bytes, grant.hit, kept, read)
+
+    def _end(self, slab: SlabMap, wait: Callable[[], None]) -> None:
+        with self._views.current():
+            slab.end(wait)
 
     def _fill(self, offer: Offer, layout: Manifest, share: Share, on_progress: ProgressCallback | None) -> Loaded | None:
         """Have the slab that was offered filled by this process. If another client was quicker, hold what it filled.

@@ -24,6 +24,7 @@ from select import POLLIN, poll, select
 from typing import TypeVar
 
 from nbcache import __version__
+from nbcache.client import ends
 from nbcache.config import NBCache, RuntimePaths, SocketAddress
 from nbcache.config import reply_timeout_s as default_reply_timeout_s
 from nbcache.errors import (
@@ -75,8 +76,10 @@ class Session:
     def open(cls, start: bool = True, reply_timeout_s: float | None = None) -> Session:
         """Connect to this user's daemon, starting it if ``start`` and there is none; ``reply_timeout_s`` is the setting's.
 
-        DaemonUnavailable if there is none, or it cannot be started; UnsupportedPlatform outside Linux.
+        DaemonUnavailable if there is none, or it cannot be started; UnsupportedPlatform outside Linux. What this process has
+        let go before is let go first.
         """
+        ends.wait()
         if not sys.platform.startswith("linux"):
             raise UnsupportedPlatform(f"nbcache needs Linux (memfd, pidfd, descriptor passing), this is {sys.platform}")
         paths, timeout_s = RuntimePaths.of_user(), reply_timeout_s or default_reply_timeout_s()

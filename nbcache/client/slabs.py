@@ -51,9 +51,14 @@ class SlabMap:
         self._finalizer = weakref.finalize(self, _let_go, mapped, session, synchronize, os.getpid())
         self._finalizer.atexit = False
 
-    def end(self) -> None:
-        """End both now, whoever still refers to this: a traceback, when nobody was given the tensors."""
-        self._finalizer()
+    def end(self, wait: Callable[[], None] | None = None) -> None:
+        """End both now, whoever still refers to this: a traceback, when nobody was given the tensors.
+
+        ``wait`` is for what must be done before; without it, for all that is queued.
+        """
+        if (alive := self._finalizer.detach()) is not None:
+            mapped, session, synchronize, owner = alive[2]
+            _let_go(mapped, session, wait or synchronize, owner)
 
     def cupy_arrays(self) -> dict[str, Any]:
         """See :meth:`Weights.cupy`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -32,6 +32,9 @@ class Views(Protocol):
 
     def synchronize(self) -> None:
         """Wait for all queued work."""
+
+    def queued(self) -> Callable[[], None]:
+        """What waits for the work that is queued by now, and for none that comes later."""
 
     def stream(self) -> int:
         """The stream that copies are queued on."""
@@ -66,6 +69,12 @@ class CudaViews:
     def synchronize(self) -> None:
         """See :class:`Views`."""
         torch.cuda.synchronize(self._device)
+
+    def queued(self) -> Callable[[], None]:
+        """See :class:`Views`."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event.synchronize
 
     def stream(self) -> int:
         """See :class:`Views`."""

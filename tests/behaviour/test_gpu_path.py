@@ -71,6 +71,28 @@ def test_private_weights_hold_no_lease(kernel, path):
     eventually(lambda: [slab[3] for slab in slabs()] == [0])
 
 
+SLOW_TO_UNMAP = """
+import threading
+from tests.support.emulated import EmulatedMap
+gate, closing = threading.Event(), EmulatedMap.close
+EmulatedMap.close = lambda self: (gate.wait(60), closing(self))[1]
+def leases():
+    return [slab.leases for entry in nbcache.status().entries for slab in entry.devices]
+"""
+
+
+def test_private_weights_are_there_before_their_slab_is_unmapped(kernel, path):
+    """Whoever asks the daemon next, in that process, waits for it."""
+    kernel.run(SLOW_TO_UNMAP)
+    kernel.run(f"w = nbcache.load({str(path)!r}, device='cuda', share='private')")
+    assert kernel.run(f"same(w, {str(path)!r}), 'nbcache-end' in [each.name for each in threading.enumerate()]") == [True, True]
+    assert slabs()[0][3] == 1
+    kernel.run("threading.Timer(0.3, gate.set).start()")
+    assert kernel.run("leases(), gate.is_set()") == [[0], True]
+    kernel.run(f"w = nbcache.load({str(path)!r}, device='cuda', share='private'); freed = nbcache.free_gpu()")
+    assert kernel.run("leases(), w.hit") == [[], True]
+
+
 def test_a_cast_has_a_slab_of_its_own_and_the_files_own_dtype_has_not(kernel, path):
     load = f"nbcache.load({str(path)!r}, device='cuda', share='readonly', dtype="
     assert kernel.run(f"same({load}'bfloat16'), {str(path)!r}, torch.bfloat16)")

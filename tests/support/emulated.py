@@ -71,6 +71,9 @@ class EmulatedViews:
     def synchronize(self) -> None:
         pass
 
+    def queued(self):
+        return lambda: None
+
     def stream(self) -> int:
         return 0
 
