@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
 import sys
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from types import BuiltinFunctionType, FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
 from nbcache.jupyter.effects import Effects
 from nbcache.jupyter.experience import by_package
-from nbcache.jupyter.installed import OWN, top_level
+from nbcache.jupyter.installed import OWN, Stamp, installed_folders, stamp, top_level
+from nbcache.jupyter.traces import Reads
 
-READ_BY_LIBRARIES: Mapping[tuple[str, ...], tuple[str, ...]] = {
+READ_UNSEEN: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("OMP_", "GOMP_", "KMP_", "MKL_", "DNNL_", "ONEDNN_"): ("torch",),
     ("OMP_", "OPENBLAS_", "GOTO_", "BLIS_", "MKL_"): ("numpy", "scipy"),
-}
-"""Beginnings of the names of variables that compiled libraries read when a package loads them, which nobody sees."""
+    ("TQDM_",): ("tqdm",), ("FSSPEC_",): ("fsspec",), ("NUMBA_",): ("numba",), ("NETWORKX_",): ("networkx",),
+}  # fmt: skip
+"""Beginnings of the names of variables that compiled libraries read when they are loaded, or that are looked for one by one."""
+
+
+class Notes:
+    """What is noted while packages are imported.
+
+    Attributes
+    ----------
+    effects : what each has changed in the whole process
+    read : the variables of the environment that each has read, and what it found
+    imported : the packages that each has imported, or that came while it was executed
+    """
+
+    def __init__(self) -> None:
+        self.effects = Effects()
+        self.read: Reads = {}
+        self.imported: dict[str, set[str]] = {}
+        self.environment = dict(os.environ)
+
+    @contextlib.contextmanager
+    def of(self, package: str) -> Iterator[None]:
+        """What happens meanwhile, is this package's doing."""
+        before = set(sys.modules)
+        try:
+            with self.effects.of(package):
+                yield
+        finally:
+            self.imported.setdefault(package, set()).update(top_level(sys.modules.keys() - before) - {package})
 
 
 class Ahead:
@@ -24,47 +56,67 @@ class Ahead:
     Attributes
     ----------
     modules : their names by unit, in the order of their import; a unit is a package, or one module of nbcache's own
-    needs : by unit, the others whose objects its modules hold
-    solid : the units with compiled modules, which no process can import twice
+    needs : by unit, the others that it has imported, or whose objects its modules hold
+    solid : the units that cannot be imported twice, as they have compiled modules, and what those need
     effects : what each package has changed in the whole process
+    loggers : as imports have left them: handlers, level, and whether records go on to the root's
 
     Notes
     -----
-    ``visible`` are modules that such a kernel has imported too by the time that a notebook can import anything, ``read`` the
-    variables of the environment that each package has read, and ``seconds`` how long modules took.
+    ``visible`` are modules that such a kernel has imported too by the time that a notebook can import anything; ``seconds`` is
+    how long modules took.
     """
 
-    def __init__(
-        self,
-        visible: Set[str],
-        effects: Effects,
-        read: Mapping[str, Set[str]],
-        seconds: Mapping[str, float] = MappingProxyType({}),
-    ) -> None:
+    def __init__(self, visible: Set[str], notes: Notes, seconds: Mapping[str, float] = MappingProxyType({})) -> None:
         shared = (top_level(visible) | sys.stdlib_module_names | {"__main__", "__mp_main__"}) - {OWN}
         self.modules: dict[str, list[str]] = {}
         for name in sys.modules:
             if top_level([name]).isdisjoint(shared) and name not in visible:
                 self.modules.setdefault(unit_of(name), []).append(name)
-        self.needs = {unit: _needs(names, self.modules.keys()) - {unit} for unit, names in self.modules.items()}
-        self.solid = {unit for unit, names in self.modules.items() if any(map(_is_compiled, names))}
-        self.effects = effects
-        self._read = read
+        self.needs = {
+            unit: ((_held(names) | notes.imported.get(unit, set())) & self.modules.keys()) - {unit}
+            for unit, names in self.modules.items()
+        }
+        solid = [unit for unit, names in self.modules.items() if any(map(_is_solid, names))]
+        self.solid = _reachable(solid, self.needs)
+        self.effects = notes.effects
+        self.loggers = {
+            name: (list(logger.handlers), logger.level, logger.propagate)
+            for name, logger in logging.root.manager.loggerDict.items()
+            if isinstance(logger, logging.Logger) and unit_of(name) in self.modules
+        }
+        self._notes = notes
         self._seconds = by_package(seconds)
+        self._files = {unit: file for unit in self.modules if isinstance(file := _file_of(unit), str)}
+        self._stamps = {path: stamp(path) for path in self._files.values()}
+        self._folders = {path: stamp(path) for path in installed_folders()}
 
     @property
     def packages(self) -> set[str]:
         """Those that a kernel without help would still look for."""
         return top_level(self.modules) - {OWN}
 
-    def has_read(self, package: str, variable: str) -> bool:
-        """Whether a variable counted when a package was imported."""
-        return variable in self._read.get(package, ()) or any(
-            package in packages and variable.startswith(beginnings) for beginnings, packages in READ_BY_LIBRARIES.items()
-        )
+    def changed_variables(self, unit: str, environment: Mapping[str, str]) -> list[str]:
+        """The variables that a unit has read when it was imported, and that were something else then."""
+        read = self._notes.read.get(unit, {})
+        found = [name for name, value in read.items() if environment.get(name) != value]
+        for beginnings in (begin for begin, packages in READ_UNSEEN.items() if unit in packages):
+            known = self._notes.environment
+            names = [name for name in (*environment, *known) if name.startswith(beginnings)]
+            found += [name for name in names if environment.get(name) != known.get(name)]
+        return sorted(set(found))
+
+    def has_changed(self, unit: str) -> bool:
+        """Whether a unit's file is not what was imported."""
+        path = self._files.get(unit)
+        return path is not None and stamp(path) != self._stamps[path]
+
+    def changed_folders(self) -> dict[str, Stamp | None]:
+        """Folders of installed packages in which something was installed, or removed, since; as they are now."""
+        return {path: now for path, known in self._folders.items() if (now := stamp(path)) != known}
 
     def seconds(self, units: Iterable[str]) -> float:
-        """How long it takes to import these, about."""
+        """How long it took to import these, and what was asked for of them."""
         return sum(self._seconds.get(unit, 0.0) for unit in units)
 
     def below(self, unit: str) -> set[str]:
@@ -105,8 +157,8 @@ def _reachable(starts: Iterable[str], edges: Mapping[str, Set[str]]) -> set[str]
     return seen
 
 
-def _needs(names: Iterable[str], units: Iterable[str]) -> set[str]:
-    """The units that what these modules hold comes from."""
+def _held(names: Iterable[str]) -> set[str]:
+    """The units whose objects these modules hold."""
     origins: set[object] = set()
     for name in names:
         for value in list(attributes(sys.modules[name]).values()):
@@ -117,8 +169,17 @@ def _needs(names: Iterable[str], units: Iterable[str]) -> set[str]:
                 origins.add(value.__module__)
             else:
                 origins.add(kind.__module__)
-    return {unit_of(origin) for origin in origins if isinstance(origin, str)} & set(units)
+    return {unit_of(origin) for origin in origins if isinstance(origin, str)}
 
 
-def _is_compiled(name: str) -> bool:
-    return str(attributes(sys.modules[name]).get("__file__") or "").endswith(".so")
+def _is_solid(name: str) -> bool:
+    """Whether a module is compiled, or has registered operators with torch, which does not take them twice."""
+    own = attributes(sys.modules[name])
+    if str(own.get("__file__") or "").endswith(".so"):
+        return own.get("__name__") == name  # or it is another package's, by an alias
+    kinds = {(kind.__module__, kind.__name__) for kind in map(type, list(own.values()))}
+    return ("torch.library", "Library") in kinds
+
+
+def _file_of(unit: str) -> object:
+    return attributes(sys.modules.get(unit)).get("__file__")

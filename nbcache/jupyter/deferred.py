@@ -46,20 +46,20 @@ class _Deferred(ModuleType):
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         if name in ASKED_OF_MODULES:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        _execute(self)
+        execute(self)
         return getattr(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
         if name != "__class__":
-            _execute(self)
+            execute(self)
         ModuleType.__setattr__(self, name, value)  # which is its class by now
 
     def __delattr__(self, name: str) -> None:
-        _execute(self)
+        execute(self)
         ModuleType.__delattr__(self, name)
 
     def __dir__(self) -> list[str]:
-        _execute(self)
+        execute(self)
         return list(self.__dir__())
 
 
@@ -68,8 +68,8 @@ def is_deferred(module: object) -> bool:
     return type(module) is _Deferred
 
 
-def _execute(module: ModuleType) -> None:
-    """Execute a module, once. If that fails, the next use tries again."""
+def execute(module: ModuleType) -> None:
+    """Execute a module that was deferred, once. If that fails, the next use tries again."""
     with _executing:
         if not is_deferred(module):
             return

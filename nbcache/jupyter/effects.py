@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import gc
+import importlib
 import locale
 import logging
 import os
@@ -17,8 +18,9 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 ABSENT: Any = object()
@@ -36,10 +38,11 @@ class Change:
 
 @dataclass(frozen=True)
 class Value:
-    """A place that holds one value; ``read`` raises something while there is none, its package being imported just now say."""
+    """A place that holds one value; if reading it raises, there is none. With ``gently``, what others have set stays."""
 
     read: Callable[[], Any]
     write: Callable[[Any], object]
+    gently: bool = False
 
     def look(self) -> object:
         """What is there now."""
@@ -51,38 +54,46 @@ class Value:
     def changes(self, before: object, after: object) -> Iterator[Change]:
         """What has become of it."""
         if ABSENT not in (before, after) and not _same(before, after):
-            yield Change(lambda: self.write(after), lambda: self.write(before))
+            yield Change(lambda: self._put(before, after), lambda: self._put(after, before))
+
+    def _put(self, old: object, new: object) -> None:
+        if not self.gently or _same(self.look(), old):
+            self.write(new)
 
 
 @dataclass(frozen=True)
 class Items:
-    """A place that holds values by key; ABSENT is written to remove one. With ``gently``, what others have set since stays."""
+    """A place that holds values by key; ABSENT is written to remove one. With ``gently``, what others have set stays."""
 
     read: Callable[[], Mapping[Any, Any]]
     write: Callable[[Any, Any], object]
     gently: bool = False
 
     def look(self) -> Mapping[Any, Any]:
-        """What is there now."""
-        return dict(self.read())
+        """What is there now; nothing where reading raises."""
+        try:
+            return dict(self.read())
+        except Exception:  # noqa: BLE001 - as above
+            return {}
 
     def changes(self, before: Mapping[Any, Any], after: Mapping[Any, Any]) -> Iterator[Change]:
         """What has become of it."""
-        for key in before.keys() | after.keys():
+        for key in before.keys() | after.keys() if before and after else ():
             old, new = before.get(key, ABSENT), after.get(key, ABSENT)
             if not _same(old, new):
-                yield Change(lambda k=key, o=old, n=new: self._put(k, o, n), lambda k=key, o=old, n=new: self._put(k, n, o))  # type: ignore[misc]
+                yield Change(partial(self._put, key, old, new), partial(self._put, key, new, old))
 
     def _put(self, key: object, old: object, new: object) -> None:
-        if not self.gently or _same(self.read().get(key, ABSENT), old):
+        if not self.gently or _same(self.look().get(key, ABSENT), old):
             self.write(key, new)
 
 
 @dataclass(frozen=True)
 class Entries:
-    """A place that holds a list, whose order counts."""
+    """A place that holds a list, whose order counts. With ``gently``, a list that others have changed stays."""
 
     read: Callable[[], list[Any]]
+    gently: bool = False
 
     def look(self) -> list[Any]:
         """What is there now."""
@@ -90,23 +101,31 @@ class Entries:
 
     def changes(self, before: list[Any], after: list[Any]) -> Iterator[Change]:
         """What has become of it."""
-        if len(before) == len(after) and all(map(_same, before, after)):
-            return
-        kept = [number for number, entry in enumerate(after) if _is_in(entry, before)]
-        first = kept[0] if kept else len(after)
-        front = [entry for entry in after[:first]]
-        back = [entry for entry in after[first:] if not _is_in(entry, before)]
-        gone = [entry for entry in before if not _is_in(entry, after)]
-        yield Change(lambda: self._put(front, back, gone), lambda: self._put(gone, [], [*front, *back]))
+        if not _all_same(before, after):
+            yield Change(lambda: self._put(before, after), lambda: self._put(after, before))
 
-    def _put(self, front: list[Any], back: list[Any], gone: list[Any]) -> None:
+    def _put(self, old: list[Any], new: list[Any]) -> None:
+        """Do to the list what made ``new`` of ``old``: what was put or moved to the front, appended, and removed."""
         entries = self.read()
-        kept = [entry for entry in entries if not any(_is_in(entry, others) for others in (front, back, gone))]
-        entries[:] = [*front, *kept, *back]
+        if self.gently and not _all_same(entries, old):
+            return
+        end = len(new)
+        while end and not _is_in(new[end - 1], old):
+            end -= 1
+        same = 0
+        while same < min(end, len(old)) and _same(new[end - 1 - same], old[-1 - same]):
+            same += 1
+        front, back = new[: end - same], [entry for entry in new[end:] if not _is_in(entry, entries)]
+        gone = [entry for entry in old if not _is_in(entry, new)]
+        entries[:] = [*front, *(entry for entry in entries if not _is_in(entry, front) and not _is_in(entry, gone)), *back]
 
 
 def _same(one: object, other: object) -> bool:
     return one is other or (type(one) is type(other) and isinstance(one, PLAIN) and bool(one == other))
+
+
+def _all_same(some: list[Any], others: list[Any]) -> bool:
+    return len(some) == len(others) and all(map(_same, some, others))
 
 
 def _is_in(entry: object, entries: list[Any]) -> bool:
@@ -141,26 +160,37 @@ def _write_collector(setting: tuple[tuple[int, int, int], bool]) -> None:
     (gc.enable if setting[1] else gc.disable)()
 
 
-def _decimals() -> tuple[Any, ...]:
+def _decimals() -> dict[str, Any]:
     context = sys.modules["decimal"].getcontext()
-    traps = tuple(kind for kind, is_set in context.traps.items() if is_set)
-    return context.prec, context.rounding, context.Emin, context.Emax, context.capitals, context.clamp, traps
+    own = {name: getattr(context, name) for name in ("prec", "rounding", "Emin", "Emax", "capitals", "clamp")}
+    return own | {kind: bool(is_set) for kind, is_set in context.traps.items()}
 
 
-def _write_decimals(setting: tuple[Any, ...]) -> None:
-    context = sys.modules["decimal"].getcontext()
-    context.prec, context.rounding, context.Emin, context.Emax, context.capitals, context.clamp = setting[:6]
-    for kind in context.traps:
-        context.traps[kind] = kind in setting[6]
+def _write_decimal(key: Any, value: Any) -> None:  # noqa: ANN401
+    context = importlib.import_module("decimal").getcontext()
+    if isinstance(key, str):
+        setattr(context, key, value)
+    else:
+        context.traps[key] = value
 
 
 def _hook(owner: Any, name: str) -> Value:  # noqa: ANN401
     return Value(lambda: vars(owner)[name], lambda value: setattr(owner, name, value))
 
 
-def _of_package(package: str, getter: str, setter: Callable[[Any, Any], object]) -> Value:
-    """A setting of a package, read by a function of it; there is none until it has been imported."""
-    return Value(lambda: getattr(sys.modules[package], getter)(), lambda value: setter(sys.modules[package], value))
+def _numpys(getter: str, setter: str) -> Items:
+    """Settings of NumPy's, by the names of the setter's arguments; there are none until it has been imported."""
+    return Items(
+        lambda: getattr(sys.modules["numpy"], getter)(),
+        lambda name, value: getattr(importlib.import_module("numpy"), setter)(**{name: value}),
+    )
+
+
+def _torchs(getter: str, setter: str) -> Value:
+    return Value(
+        lambda: getattr(sys.modules["torch"], getter)(),
+        lambda value: getattr(importlib.import_module("torch"), setter)(value),
+    )
 
 
 PLACES: tuple[Value | Items | Entries, ...] = (
@@ -168,15 +198,16 @@ PLACES: tuple[Value | Items | Entries, ...] = (
     Entries(lambda: sys.meta_path),
     Entries(lambda: sys.path_hooks),
     Entries(lambda: sys.path),
-    Entries(lambda: logging.root.handlers),
+    Entries(lambda: logging.root.handlers, gently=True),
     Entries(lambda: logging.root.filters),
     Items(lambda: os.environ, _write_variable, gently=True),
     Items(lambda: vars(builtins), _write_builtin),
     Items(_signals, _write_signal),
-    Value(lambda: logging.root.level, lambda level: logging.root.setLevel(level)),
+    Value(lambda: logging.root.level, lambda level: logging.root.setLevel(level), gently=True),
     Value(lambda: logging.root.manager.disable, lambda level: logging.disable(level)),
     Value(logging.getLoggerClass, logging.setLoggerClass),
     Value(logging.getLogRecordFactory, logging.setLogRecordFactory),
+    _hook(logging, "_warnings_showwarning"),
     _hook(warnings, "showwarning"),
     _hook(warnings, "formatwarning"),
     _hook(sys, "excepthook"),
@@ -187,12 +218,12 @@ PLACES: tuple[Value | Items | Entries, ...] = (
     Value(sys.getswitchinterval, sys.setswitchinterval),
     Value(lambda: (gc.get_threshold(), gc.isenabled()), _write_collector),
     Value(lambda: locale.setlocale(locale.LC_ALL), lambda name: locale.setlocale(locale.LC_ALL, name)),
-    Value(_decimals, _write_decimals),
-    _of_package("numpy", "get_printoptions", lambda numpy, options: numpy.set_printoptions(**options)),
-    _of_package("numpy", "geterr", lambda numpy, options: numpy.seterr(**options)),
-    _of_package("torch", "get_default_dtype", lambda torch, dtype: torch.set_default_dtype(dtype)),
-    _of_package("torch", "is_grad_enabled", lambda torch, is_on: torch.set_grad_enabled(is_on)),
-    _of_package("torch", "get_float32_matmul_precision", lambda torch, name: torch.set_float32_matmul_precision(name)),
+    Items(_decimals, _write_decimal),
+    _numpys("get_printoptions", "set_printoptions"),
+    _numpys("geterr", "seterr"),
+    _torchs("get_default_dtype", "set_default_dtype"),
+    _torchs("is_grad_enabled", "set_grad_enabled"),
+    _torchs("get_float32_matmul_precision", "set_float32_matmul_precision"),
 )
 
 
@@ -201,7 +232,8 @@ class Effects:
 
     Notes
     -----
-    What happens while one package is executed that another one imports, is that one's own.
+    What happens while one package is executed that another one imports, is that one's own; but if it fails, the other's, which
+    may do without. If there is none, it is undone at once.
     """
 
     def __init__(self) -> None:
@@ -214,11 +246,29 @@ class Effects:
         """What changes meanwhile is this package's doing."""
         self._note()
         self._executing.append(package)
+        first = len(self._changes)
         try:
             yield
+        except BaseException:
+            self._note()
+            self._blame(package, first)
+            raise
         finally:
             self._note()
             self._executing.pop()
+
+    def _blame(self, package: str, first: int) -> None:
+        """What a failing import has changed is the doing of who has asked for it; if nobody has, it is undone."""
+        fresh = self._changes[first:]
+        if len(self._executing) > 1:
+            asking = self._executing[-2]
+            self._changes[first:] = [(asking if other == package else other, change) for other, change in fresh]
+            return
+        for other, change in reversed(fresh):
+            if other == package:
+                _try(change.undo)
+        self._changes[first:] = [(other, change) for other, change in fresh if other != package]
+        self._seen = [place.look() for place in PLACES]
 
     def _note(self) -> None:
         now: list[Any] = [place.look() for place in PLACES]
@@ -227,14 +277,28 @@ class Effects:
                 self._changes += ((self._executing[-1], change) for change in place.changes(before, after))
         self._seen = now
 
-    def undo(self, packages: Container[str]) -> None:
-        """Have all places as if these packages had changed nothing, the latest change first."""
+    def undo(self) -> None:
+        """Have all places as if nothing had been changed, the latest change first. What the standard library changes, stays."""
         for package, change in reversed(self._changes):
-            if package in packages:
-                change.undo()
+            if package not in sys.stdlib_module_names:
+                _try(change.undo)
+        _tell_of_filters()
 
     def do_again(self, package: str) -> None:
         """Change what a package has changed."""
-        for other, change in self._changes:
-            if other == package:
-                change.do()
+        own = [change for other, change in self._changes if other == package]
+        for change in own:
+            _try(change.do)
+        if own:
+            _tell_of_filters()
+
+
+def _try(work: Callable[[], object]) -> None:
+    with contextlib.suppress(Exception):  # an import that somebody waits for does not fail for it
+        work()
+
+
+def _tell_of_filters() -> None:
+    """Have Python note that warning filters have changed: what was shown once is shown again."""
+    with warnings.catch_warnings():
+        pass

@@ -107,13 +107,13 @@ def live(
     try:
         if prepare is not None:
             prepare()
+        forget_modules(anew)
+        veil.draw()
         request = birth.wait()
         follow_path(request.directory)
         inherit(request)
-        begin_anew(request)
+        begin_anew(request, veil.known)
         os.environ.update(variables)
-        forget_modules(anew)
-        veil.draw()
         birth.watch()
         _adapt_kernel(lambda: birth.tell(handover.SERVING), request.born, writers, veil)
     except Exception as error:  # noqa: BLE001 - told to the zygote
@@ -178,8 +178,8 @@ def set_stack_of_threads(size_bytes: int) -> None:
             library.pthread_attr_destroy(attributes)
 
 
-def begin_anew(request: handover.Request) -> None:
-    """Set up what an interpreter and its libraries set up when they start."""
+def begin_anew(request: handover.Request, find: Callable[[str], Any]) -> None:
+    """Set up what an interpreter and its libraries set up when they start. ``find`` gives a module, if it was imported."""
     sys.argv[:] = ["-m", *request.arguments]
     sys.orig_argv[:] = [
         sys.executable,
@@ -195,10 +195,10 @@ def begin_anew(request: handover.Request) -> None:
     tempfile._name_sequence = None  # type: ignore[attr-defined]
     importlib.invalidate_caches()
     for name in ("multiprocessing", "multiprocess"):
-        if (module := sys.modules.get(f"{name}.process")) is not None:
+        if (module := find(f"{name}.process")) is not None:
             module.__dict__["ORIGINAL_DIR"] = request.directory
             module.current_process().authkey = os.urandom(32)
-    proof.reseed()
+    proof.reseed(find)
     traces.begin_logging_anew()
 
 
@@ -256,7 +256,7 @@ def _adapt_kernel(tell: Callable[[], None], born: float, writers: traces.Writers
     _after_next(IPKernelApp, "init_heartbeat", lambda app: tell())
     _after_next(IPKernelApp, "init_io", lambda app: writers.hand_over())
     _after_next(IPKernelApp, "init_kernel", lambda app: peers.mind(app.kernel))
-    _after_next(IPKernelApp, "init_gui_pylab", lambda app: veil.settle())
+    _after_next(IPKernelApp, "init_gui_pylab", lambda app: veil.settle(app.shell))
 
 
 def _after_next(cls: type[Any], name: str, then: Callable[[Any], None]) -> None:

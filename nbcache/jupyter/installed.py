@@ -179,7 +179,7 @@ class Snapshot:
     """
 
     def __init__(self, others: Iterable[str] = ()) -> None:
-        self._stamps = {path: _stamp(path) for path in (*self._watched(), *others)}
+        self._stamps = {path: stamp(path) for path in (*self._watched(), *others)}
 
     def _watched(self) -> set[str]:
         files = {file for module in list(sys.modules.values()) if isinstance(file := getattr(module, "__file__", None), str)}
@@ -194,13 +194,14 @@ class Snapshot:
 
     def changed(self) -> str | None:
         """The first path that is not as it was; None if all are."""
-        for path, stamp in self._stamps.items():
-            if _stamp(path) != stamp:
+        for path, known in self._stamps.items():
+            if stamp(path) != known:
                 return path
         return None
 
 
-def _stamp(path: str) -> Stamp | None:
+def stamp(path: str) -> Stamp | None:
+    """What a file or folder is known again by; None if it is not there."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):  # a .pth file may hold anything

@@ -17,16 +17,15 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from nbcache.jupyter.ahead import Ahead
-from nbcache.jupyter.effects import Effects
+from nbcache.jupyter.ahead import Ahead, Notes
 from nbcache.jupyter.experience import SLOW_S, Experience, by_package
 from nbcache.jupyter.installed import InstalledOnly, installed_folders, mapped_math_libraries, top_level
-from nbcache.jupyter.traces import noting_folders, noting_generators, noting_reads
+from nbcache.jupyter.traces import noting_folders, noting_generators, noting_imports, noting_reads
 
 KERNEL_MODULES = (
     "ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "ipykernel.debugger", "ipykernel.pickleutil",
@@ -74,7 +73,7 @@ class Preloaded:
     """What the kernel's own modules have set in the environment, as they do in an ordinary kernel."""
     shell_askers: set[str] = field(default_factory=set)
     """Modules that asked for IPython's shell when they were imported: there was none. A kernel imports them anew."""
-    ahead: Ahead = field(default_factory=lambda: Ahead(set(sys.modules), Effects(), {}))
+    ahead: Ahead = field(default_factory=lambda: Ahead(set(sys.modules), Notes()))
     """What an ordinary kernel would not have imported by the time that a notebook can import anything."""
 
 
@@ -105,8 +104,8 @@ def preload(
         done.variables = {name: value for name, value in os.environ.items() if before.get(name) != value}
         _set_as_kernels_do()
         watch.begin()
-        visible, read = set(sys.modules), dict[str, set[str]]()
-        with noting_reads(read):
+        visible = set(sys.modules)
+        with noting_reads(watch.notes.read), noting_imports(watch.notes.imported):
             for name in ("torch", *names):
                 if name in sys.modules:
                     continue
@@ -119,9 +118,19 @@ def preload(
                 importlib.import_module("nbcache.client.api").prepare()
     if watch.refused:
         raise Broken("a kernel's own modules", f"import what is not installed: {watch.refused[0]}")
-    done.ahead = Ahead(visible, watch.effects, read, done.seconds)
-    watch.effects.undo(done.ahead.packages)
+    _drop_orphans(visible)
+    for read in watch.notes.read.values():
+        read.pop(NVML_CHECK, None)  # which is not for kernels
+    done.ahead = Ahead(visible, watch.notes, done.seconds)
+    watch.notes.effects.undo()
     return done
+
+
+def _drop_orphans(visible: Set[str]) -> None:
+    """Forget modules of a package that could not be imported itself: it may be in a kernel."""
+    for name in [name for name in sys.modules if name not in visible]:
+        if "." in name and name.rpartition(".")[0] not in sys.modules:
+            del sys.modules[name]
 
 
 @contextlib.contextmanager
@@ -192,8 +201,8 @@ class _Watch:
     """Imports one module after the other, and looks what each does to the process."""
 
     def __init__(self, deferred: Container[str] = ()) -> None:
-        self._guard = InstalledOnly(installed_folders(), deferred, self._look, lambda name: self.effects.of(name))
-        self.effects = Effects()
+        self._guard = InstalledOnly(installed_folders(), deferred, self._look, lambda name: self.notes.of(name))
+        self.notes = Notes()
         self._libraries: set[str] = set()
         self._threads = 0
         self._found = ""
@@ -214,7 +223,7 @@ class _Watch:
     def begin(self) -> None:
         """Take what is there now as harmless, and NVML's thread, which whoever asks for GPUs would start."""
         _start_nvml()
-        self.effects = Effects()
+        self.notes = Notes()
         self._libraries = mapped_math_libraries()
         self._threads = _thread_count()
 
@@ -231,7 +240,7 @@ class _Watch:
         folders: list[str] = []
         start = time.perf_counter()
         try:
-            with noting_folders(folders), self.effects.of(self._found):
+            with noting_folders(folders), self.notes.of(self._found):
                 importlib.import_module(name)
             imported = True
         except (Exception, SystemExit, KeyboardInterrupt):  # noqa: BLE001 - it will fail in the kernel too, and be told there

@@ -14,6 +14,7 @@ import select
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from nbcache.jupyter.preload import NVML_CHECK
@@ -89,15 +90,16 @@ def _driver_status() -> int:
         return 0
 
 
-def reseed() -> None:
-    """Give a forked process random numbers of its own, as fresh ones have: ``random``'s, NumPy's global generator, torch's."""
-    random.seed()
-    reseed_generators()
-    if (numpy := sys.modules.get("numpy.random")) is not None:
-        numpy.seed()
-    if "torch" in sys.modules:
-        import torch
+def reseed(find: Callable[[str], Any]) -> None:
+    """Give a forked process random numbers of its own, as fresh ones have: ``random``'s, NumPy's global generator, torch's.
 
+    ``find`` gives a module, if it was imported.
+    """
+    random.seed()
+    reseed_generators(find)
+    if (numpy := find("numpy.random")) is not None:
+        numpy.seed()
+    if (torch := find("torch")) is not None:
         torch.default_generator.seed()  # a GPU's generator is made, and seeded, when the GPU is first used
 
 

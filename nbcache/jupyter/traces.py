@@ -7,6 +7,7 @@ it in a forked process, for Python's own modules and sympy, which torch brings; 
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import logging
 import os
@@ -16,7 +17,7 @@ import tempfile
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _generators: list[weakref.ref[random.Random]] = []
@@ -39,12 +40,12 @@ def noting_generators() -> Iterator[None]:
         random.Random.seed = stock  # type: ignore[method-assign]
 
 
-def reseed_generators() -> None:
-    """Give those that were noted new seeds of the system's. What was seeded on purpose stays as it is."""
+def reseed_generators(find: Callable[[str], Any]) -> None:
+    """Give those that were noted new seeds of the system's. What was seeded on purpose stays. ``find`` gives modules."""
     for known in _generators:
         if (generator := known()) is not None:
             generator.seed()
-    if (symbol := sys.modules.get("sympy.core.symbol")) is not None:  # it drew at once what tells Dummy symbols apart
+    if (symbol := find("sympy.core.symbol")) is not None:  # it drew at once what tells Dummy symbols apart
         with contextlib.suppress(AttributeError):
             symbol.Dummy._base_dummy_index = random.randint(10**6, 9 * 10**6)  # noqa: S311 - as sympy does
 
@@ -67,18 +68,45 @@ def noting_folders(found: list[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def noting_reads(found: dict[str, set[str]]) -> Iterator[None]:
-    """Note the variables that are read meanwhile, by the package whose module is executed. Who goes through all, reads none."""
+def noting_imports(found: dict[str, set[str]]) -> Iterator[None]:
+    """Note the packages that each package imports meanwhile, whether they were there already or not."""
+    stock = builtins.__import__
+
+    def noting(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401
+        name, scope, _, _, level = (*arguments, *(None,) * 5)[:5]
+        if scope is not None and not level:
+            found.setdefault(_package_of(scope), set()).add(name.partition(".")[0])
+        return stock(*arguments, **options)
+
+    builtins.__import__ = noting
+    try:
+        yield
+    finally:
+        builtins.__import__ = stock
+
+
+Reads = dict[str, dict[str, str | None]]
+"""By package, the variables of the environment that it has read, and what it found first."""
+
+
+@contextlib.contextmanager
+def noting_reads(found: Reads) -> Iterator[None]:
+    """Note the variables that are read meanwhile, for each package that asks. Going through all of them does not count."""
     kind: Any = type(os.environ)
     stock_get, stock_iterate = kind.__getitem__, kind.__iter__
     passed: deque[Any] = deque()  # what was gone through: its values come next, in this order
 
     def get(self: object, key: Any) -> Any:  # noqa: ANN401
-        if passed and key == passed[0]:
-            passed.popleft()
-        elif isinstance(key, str):
-            found.setdefault(_executing(), set()).add(key)
-        return stock_get(self, key)
+        value = None
+        try:
+            value = stock_get(self, key)
+        finally:
+            if passed and key == passed[0]:
+                passed.popleft()
+            elif isinstance(key, str):
+                for package in _asking():
+                    found.setdefault(package, {}).setdefault(key, value)
+        return value
 
     def iterate(self: object) -> Iterator[Any]:
         passed.clear()
@@ -93,12 +121,20 @@ def noting_reads(found: dict[str, set[str]]) -> Iterator[None]:
         kind.__getitem__, kind.__iter__ = stock_get, stock_iterate
 
 
-def _executing() -> str:
-    """The package of the module that is being executed."""
+def _asking() -> set[str]:
+    """The packages of the module that is being executed, and of the functions that it has called."""
+    found: set[str] = set()
     frame = sys._getframe(2)
-    while frame is not None and frame.f_code.co_name != "<module>":
+    while frame is not None:
+        found.add(_package_of(frame.f_globals))
+        if frame.f_code.co_name == "<module>":
+            return found
         frame = frame.f_back  # type: ignore[assignment]
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0] if frame is not None else ""
+    return found
+
+
+def _package_of(scope: dict[str, Any]) -> str:
+    return str(scope.get("__name__", "")).partition(".")[0]
 
 
 class Writers:

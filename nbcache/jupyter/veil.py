@@ -1,32 +1,38 @@
 """In a forked kernel: what was imported ahead is out of sight until the kernel imports it.
 
-An ordinary kernel can still set a variable that a package reads when it is imported, or put a folder before the installed
-packages, and then import. So can a forked one: a package comes back when it is imported, with what it needs and with what it
-had changed in the process; but if something that it reads has changed by then, it is imported anew, with all that stands on
-it. Packages with compiled modules cannot be: they come back as they are, and a warning says so. Owns what is hidden.
+An ordinary kernel can still set a variable that a package reads when it is imported, install another version, or put a folder
+before the installed packages, and then import. So can a forked one: a package comes back when it is imported, with what it
+needs and with what it had changed in the process; but if something that counts for it has changed by then, it is imported
+anew, with all that stands on it. Packages with compiled modules cannot be, nor what these need: they come back as they are,
+and a warning says so. Owns what is hidden.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.abc
+import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
 from nbcache.client.notices import ImportedAnew, SetTooLate
 from nbcache.jupyter.ahead import Ahead, attributes, unit_of
-from nbcache.jupyter.deferred import is_deferred
+from nbcache.jupyter.deferred import execute, is_deferred
 from nbcache.jupyter.installed import OWN
 
-REMEDY = (
-    "Set it where Jupyter is started, or in the kernelspec's env; or choose an ordinary kernel (Python 3) for this notebook"
-)
+SET_EARLIER = "Set it where Jupyter is started, or in the kernelspec's env"
+REMEDY = f"{SET_EARLIER}; or choose an ordinary kernel (Python 3) for this notebook"
 NOTICED_S = 0.5
 """An import that takes so long is told of, if it need not have been."""
+SET_BY_IMPORT = ("__spec__", "__loader__", "__package__", "__path__", "__file__", "__cached__")
+"""What the import system gives each module."""
+TWO_THREADS: type[Exception] = getattr(importlib, "_bootstrap")._DeadlockError  # noqa: B009 - it has no public name
+"""Raised in one of two threads that import, in opposite order, what needs each other; the other thread goes on."""
 
 
 class Veil(importlib.abc.MetaPathFinder):
@@ -42,8 +48,9 @@ class Veil(importlib.abc.MetaPathFinder):
         self._ahead = ahead
         self._hidden: dict[str, Any] = {}
         self._brought: set[str] = set()
-        self._environment: dict[str, str] | None = None
-        self._folders: list[str] = []
+        self._is_settled = False
+        self._folders: Mapping[str, object] = {}
+        self._environment: dict[str, str] = {}
         self._told: set[str] = set()
 
     def draw(self) -> None:
@@ -55,14 +62,22 @@ class Veil(importlib.abc.MetaPathFinder):
             attributes(sys.modules.get(parent)).pop(child, None)
         sys.meta_path.insert(0, self)
 
-    def settle(self) -> None:
-        """The kernel is set up: what changes from now on, the notebook changes."""
+    def settle(self, shell: Any = None) -> None:  # noqa: ANN401 - IPython's
+        """The kernel is set up: from now on, what changes counts. ``shell`` is where cells are run."""
+        self._is_settled = True
         self._environment = dict(os.environ)
-        self._folders = _searched()
+        if shell is not None:
+            shell.events.register("post_run_cell", self.after_cell)
+
+    def known(self, name: str) -> Any:  # noqa: ANN401
+        """A module that was imported, hidden or not; None if there is none."""
+        return self._hidden.get(name, sys.modules.get(name))
 
     def has_brought(self, name: str) -> bool:
         """Whether a module was hidden, and came back as it was."""
         return name in self._brought
+
+    # Imports
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -70,113 +85,170 @@ class Veil(importlib.abc.MetaPathFinder):
         """What the import system asks for: the very module, if it is hidden and nothing that counts for it has changed."""
         if fullname not in self._hidden:
             return None
-        unit = unit_of(fullname)
-        if self._environment is not None:
-            self._heed_variables(unit, self._environment)
-            if _searched() != self._folders:
-                self._heed_folders(unit)
+        if self._is_settled:
+            self._heed(unit_of(fullname))
         module = self._hidden.get(fullname)
         return None if module is None else _spec_of(fullname, module, self)
 
     def bring(self, fullname: str) -> None:
-        """Import what a module needs that is being imported, and bring back what comes with it."""
+        """Import what a module needs that is being imported, and bring back what comes with it; all, or nothing."""
         unit = unit_of(fullname)
         for needed in sorted(self._ahead.needs[unit]):
-            if is_deferred(self._hidden.get(needed)):
-                sys.modules.setdefault(needed, self._hidden.pop(needed))
-            elif needed in self._hidden:
-                __import__(needed)
+            if needed not in sys.modules and needed in self._hidden:
+                if isinstance(self._hidden[needed], ModuleType) and not is_deferred(self._hidden[needed]):
+                    with contextlib.suppress(TWO_THREADS):
+                        __import__(needed)
+                else:
+                    sys.modules.setdefault(needed, self._hidden.pop(needed))
         modules = {name: self._hidden.pop(name) for name in self._ahead.modules[unit] if name in self._hidden}
-        for name, module in modules.items():
-            if name != fullname:
-                sys.modules.setdefault(name, module)
-        self._brought.update(modules)
-        for finder in list(sys.meta_path):
-            if (notice := getattr(finder, "came_back", None)) is not None:  # one that looks for imports, which these are
-                notice(modules.values())
-        before = dict(os.environ)
-        self._ahead.effects.do_again(unit)
-        if self._environment is not None:
-            self._environment.update((name, value) for name, value in os.environ.items() if before.get(name) != value)
+        try:
+            for name, module in modules.items():
+                if name != fullname:
+                    sys.modules.setdefault(name, module)
+            self._brought.update(modules)
+            for finder in list(sys.meta_path):
+                if (notice := getattr(finder, "came_back", None)) is not None:  # one that looks for imports, which these are
+                    notice(modules.values())
+            self._ahead.effects.do_again(unit)
+        except BaseException:
+            for name, module in modules.items():
+                if sys.modules.get(name) is module:
+                    del sys.modules[name]
+            self._hidden.update(modules)
+            raise
 
-    def _heed_variables(self, unit: str, known: Mapping[str, str]) -> None:
-        """Forget what would read something else by now, of a unit and all that it needs."""
-        now = dict(os.environ)
-        for variable in sorted(name for name in now.keys() | known.keys() if now.get(name) != known.get(name)):
-            readers = {each for each in self._below(unit) if self._ahead.has_read(each, variable)}
-            if solid := " and ".join(sorted(readers & self._ahead.solid)):
-                message = f"{variable} was set after {solid} had been imported ahead of this kernel, and has no effect there"
-                self._tell(SetTooLate, f"{message}. {REMEDY}")
-            anew = self._forget(readers)
-            if (took := self._ahead.seconds(anew)) >= NOTICED_S:
-                message = f"{variable} was set here, so {', '.join(sorted(anew))} are imported anew (about {took:.1f} s)"
-                self._tell(
-                    ImportedAnew, f"{message}. Set it where Jupyter is started, or in the kernelspec's env, to be quicker"
-                )
+    # Changes
 
-    def _heed_folders(self, unit: str) -> None:
-        """Forget what would be found elsewhere by now, of a unit and all that it needs."""
-        for each in self._below(unit):
-            here = attributes(self._hidden[each]).get("__file__")
-            found = PathFinder.find_spec(each)
-            if found is None or not found.origin or not here or os.path.abspath(found.origin) == os.path.abspath(here):
+    def _heed(self, unit: str) -> None:
+        """Forget what would be something else by now, of a unit and all that it needs; tell of what cannot be forgotten."""
+        if (folders := self._ahead.changed_folders()) != self._folders:  # something was installed: who knows who looks for it
+            self._folders = folders
+            self._forget(set(self._ahead.modules))
+        environment = dict(os.environ)
+        for each in sorted(self._ahead.below(unit)):
+            if each not in self._hidden or each.startswith(f"{OWN}."):
                 continue
-            if each in self._ahead.solid:
-                message = f"{found.origin} is not what `import {each}` gives: {here} had been imported ahead of this kernel"
-                self._tell(SetTooLate, f"{message}. {REMEDY}")
-            self._forget({each})
+            is_solid = each in self._ahead.solid
+            if each in sys.modules:  # somebody has put another there
+                self._forget({each})
+            elif self._ahead.has_changed(each):
+                if is_solid:
+                    here = attributes(self._hidden[each]).get("__file__")
+                    self._tell(SetTooLate, f"{here} has changed, and had been imported ahead of this kernel. Restart it")
+                self._forget({each})
+            elif (elsewhere := self._found_elsewhere(each)) is not None:
+                if is_solid:
+                    text = f"{elsewhere} is not what `import {each}` gives: another had been imported ahead of this kernel"
+                    self._tell(SetTooLate, f"{text}. {REMEDY}")
+                self._forget({each})
+            else:
+                self._heed_variables(each, self._ahead.changed_variables(each, environment), is_solid)
 
-    def _below(self, unit: str) -> list[str]:
-        return sorted(each for each in self._ahead.below(unit) if each in self._hidden and not each.startswith(f"{OWN}."))
+    def _heed_variables(self, unit: str, variables: Sequence[str], is_solid: bool) -> None:
+        if not variables:
+            return
+        names = " and ".join(variables)
+        anew = self._forget({unit})
+        if is_solid:
+            text = f"{names} had another value when {unit} was imported ahead of this kernel, and has no effect on it"
+            self._tell(SetTooLate, f"{text}. {REMEDY}")
+        elif self._ahead.seconds(anew) >= NOTICED_S:
+            text = f"{', '.join(sorted(anew))}: imported anew, for {names} had another value when {unit} was imported ahead"
+            self._tell(ImportedAnew, f"{text}. {SET_EARLIER}, to be quicker")
+
+    def _found_elsewhere(self, unit: str) -> str | None:
+        """The file that would be imported now for a unit, if it is another."""
+        here = attributes(self._hidden.get(unit)).get("__file__")
+        found = PathFinder.find_spec(unit)
+        if found is None or not found.origin or not here or os.path.abspath(found.origin) == os.path.abspath(here):
+            return None
+        return found.origin
 
     def _forget(self, units: Set[str]) -> set[str]:
-        """Have these imported anew, and what needs them, but not what is compiled, or ours. Which of them were hidden."""
+        """Have these imported anew, and what needs them, but not what is solid, or ours. Which of them were hidden."""
         above = self._ahead.above(units - self._ahead.solid) - self._ahead.solid
         forgotten = {unit for unit in above if unit in self._hidden and not unit.startswith(f"{OWN}.")}
         for unit in forgotten:
             for name in self._ahead.modules[unit]:
                 self._hidden.pop(name, None)
+        for name, (handlers, level, propagate) in self._ahead.loggers.items():
+            if unit_of(name) in forgotten:
+                _begin_anew(logging.getLogger(name), handlers, level, propagate)
         return forgotten
+
+    def after_cell(self, result: Any) -> None:  # noqa: ANN401 - IPython's
+        """Tell of variables that a cell has set, which something has read that came back before."""
+        environment = dict(os.environ)
+        if environment == self._environment:
+            return
+        cell = str(getattr(getattr(result, "info", None), "raw_cell", ""))
+        known, self._environment = self._environment, environment
+        changed = [name for name in environment.keys() | known.keys() if environment.get(name) != known.get(name)]
+        for unit in sorted({unit_of(name) for name in self._brought}):
+            read = set(self._ahead.changed_variables(unit, environment))
+            for name in sorted(read.intersection(changed)):
+                if name in cell:
+                    text = f"{name} was set after {unit} had been imported, which goes on with what it has read"
+                    self._tell(SetTooLate, f"{text}. {REMEDY}")
 
     def _tell(self, category: type[UserWarning], message: str) -> None:
         if message not in self._told:
             self._told.add(message)
-            warnings.warn_explicit(message, category, "nbcache", 1)
+            try:
+                warnings.warn_explicit(message, category, "nbcache", 1)
+            except UserWarning as warning:  # warnings are errors here; but the import is none
+                print(f"nbcache: {type(warning).__name__}: {warning}", file=sys.stderr)  # noqa: T201
+
+
+def _begin_anew(logger: logging.Logger, handlers: Iterable[logging.Handler], level: int, propagate: bool) -> None:
+    """Have a logger as before the import that has left it so, but for what others have changed."""
+    for handler in handlers:
+        logger.removeHandler(handler)
+    if logger.level == level:
+        logger.setLevel(logging.NOTSET)
+    logger.propagate = logger.propagate or not propagate
 
 
 class _Known(importlib.abc.Loader):
     """Gives a module that is there already. Whoever asks for its source, asks the loader that it came from."""
 
-    def __init__(self, module: Any, veil: Veil) -> None:  # noqa: ANN401 - some packages put other objects there
+    def __init__(self, name: str, module: Any, veil: Veil) -> None:  # noqa: ANN401 - some packages put other objects there
+        self._name = name
         self._module = module
         self._veil = veil
-        self._before = {name: value for name, value in attributes(module).items() if name in ("__spec__", "__loader__")}
+        self._before = {name: value for name, value in attributes(module).items() if name in SET_BY_IMPORT}
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        return getattr(getattr(self._before.get("__spec__"), "loader", None), name)
+        original = getattr(self.__dict__.get("_before", {}).get("__spec__"), "loader", None)
+        if original is None or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(original, name)
 
-    def create_module(self, spec: ModuleSpec) -> Any:  # noqa: ANN401
-        """See :class:`importlib.abc.Loader`."""
-        return self._module
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """See :class:`importlib.abc.Loader`. For what is no ordinary module, another stands in until it is there."""
+        if is_deferred(self._module):
+            execute(self._module)
+        kind = type(self._module)
+        is_ordinary = issubclass(kind, ModuleType) and kind.__setattr__ is ModuleType.__setattr__
+        return self._module if is_ordinary else None
 
     def exec_module(self, module: ModuleType) -> None:
         """It was executed; what the import system has set is as it was."""
-        assert module.__spec__ is not None
-        self._veil.bring(module.__spec__.name)
-        attributes(module).update(self._before)
+        self._veil.bring(self._name)
+        if module is not self._module:
+            sys.modules[self._name] = self._module
+        own = attributes(module)
+        for name in SET_BY_IMPORT:
+            own.pop(name, None)
+        own.update(self._before)
 
 
 def _spec_of(name: str, module: Any, veil: Veil) -> ModuleSpec:  # noqa: ANN401
     original = attributes(module).get("__spec__")
-    spec = ModuleSpec(name, _Known(module, veil), origin=getattr(original, "origin", None))
+    spec = ModuleSpec(name, _Known(name, module, veil), origin=getattr(original, "origin", None))
     spec.submodule_search_locations = getattr(original, "submodule_search_locations", None)
     spec.has_location = getattr(original, "has_location", False)
     return spec
-
-
-def _searched() -> list[str]:
-    """Where modules are looked for."""
-    return [os.path.abspath(folder) for folder in sys.path if isinstance(folder, str)]
 
 
 def has_come_back(name: str) -> bool:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from nbcache.jupyter.experience import recall
 from tests.restart.test_fast_path import environment, installed, own_specs  # noqa: F401
 from tests.support.kernels import Kernel
 from tests.support.zygotes import is_forked, start_zygote
@@ -59,8 +58,8 @@ def test_what_was_imported_ahead_is_seen_once_it_is_imported(start):
     ) == (True, 2.0)
     assert value(kernel, "import importlib; importlib.reload(thing) is thing") is True
     assert value(kernel, "import pickle; pickle.loads(pickle.dumps(torch.nn.Linear(2, 2))).weight.shape == (2, 2)") is True
+    assert value(kernel, "import copy, importlib.util; copy.copy(importlib.util.find_spec('sympy').loader) is not None") is True
     assert value(kernel, "import numpy; numpy.ones(3).sum().item(), torch.from_numpy(numpy.ones(3)).sum().item()") == (3.0, 3.0)
-    assert not recall().candidates
 
 
 def test_nbcache_itself_brings_what_it_needs(start):
@@ -102,19 +101,51 @@ def test_a_variable_that_is_set_too_late_for_compiled_modules_is_told_of_once(st
     assert not said(kernel, "import os; os.environ |= {'OF_NO_CONCERN': '1', 'CUDA_VISIBLE_DEVICES': '0', 'HF_HOME': '/x'}")
     assert not said(kernel, "os.environ['OMP_NUM_THREADS'] = '1'")
     text = said(kernel, "import torch")
-    assert "SetTooLate: OMP_NUM_THREADS was set after " in text
-    assert "torch had been imported ahead of this kernel, and has no effect there" in text
+    assert (
+        "SetTooLate: OMP_NUM_THREADS had another value when torch was imported ahead of this kernel, and has no effect" in text
+    )
     assert "kernelspec's env" in text
     assert not said(kernel, "import torch, numpy, nbcache; nbcache.load")
     kernel.restart()
     assert is_forked(kernel)
     silent = "import warnings; warnings.simplefilter('ignore'); import os; os.environ['OMP_NUM_THREADS'] = '1'; import torch"
     assert not said(kernel, silent)  # it is a warning, and can be told to be silent
+    kernel.restart()
+    error = "import warnings; warnings.simplefilter('error'); import os; os.environ['OMP_NUM_THREADS'] = '1'; import torch"
+    assert "nbcache: SetTooLate: OMP_NUM_THREADS" in said(kernel, error)  # an import is none
+
+
+def test_a_variable_that_is_set_after_the_import_is_told_of_if_it_was_read_then(start):
+    kernel = start(early="import os\nvalue = os.environ.get('EARLY')", late="import early, os\nvalue = os.environ.get('LATE')")
+    assert not said(kernel, "import early, os; os.environ['LATE'] = '1'")
+    text = said(kernel, "os.environ['EARLY'] = '1'")
+    assert "SetTooLate: EARLY was set after early had been imported, which goes on with what it has read" in text
+    assert not said(kernel, "os.environ['EARLY'] = '1'; EARLY = 2")
+    assert value(kernel, "import late; late.value, [early.value]") == ("1", [None])
+
+
+def test_what_a_kernel_is_started_with_counts_where_its_zygote_had_something_else(start, own_specs, monkeypatch):  # noqa: F811
+    kernel = start(acme="import os\nhome = os.environ.get('ACME_HOME')")
+    assert value(kernel, "import acme; [acme.home]") == [None]
+    monkeypatch.setenv("ACME_HOME", "/here")
+    with Kernel("nbcache", own_specs) as other:
+        assert is_forked(other)
+        assert value(other, "import acme; [acme.home]") == ["/here"]
+
+
+def test_who_asks_for_a_variable_and_who_has_it_asked(start):
+    kernel = start(
+        lib="import functools, os\n@functools.cache\ndef home(): return os.environ.get('LIB_HOME')",
+        above="import lib\nhome = lib.home()",
+        scans="import os\nvalue = [name for name in os.environ if name.startswith('OF_SCANS')]",
+    )
+    code = "import os; os.environ['LIB_HOME'] = '/x'; import above, lib; above.home, lib.home()"
+    assert value(kernel, code) == ("/x", "/x")
 
 
 @pytest.mark.parametrize("how", ["sys.path", "%cd", "%run"])
 def test_a_module_of_ones_own_that_comes_first_is_what_is_imported(start, tmp_path, how):
-    kernel = start(thing="value = 'installed'", above="import thing\nvalue = thing.value")
+    kernel = start(thing="value = 'installed'", zabove="import thing\nvalue = thing.value", above="from zabove import value")
     folder = tmp_path / "checkout"
     folder.mkdir()
     (folder / "thing.py").write_text("value = 'my own'")
@@ -127,6 +158,80 @@ def test_a_module_of_ones_own_that_comes_first_is_what_is_imported(start, tmp_pa
     kernel.restart()
     kernel.run(f"import sys; sys.path.append({str(folder)!r})")  # where an ordinary kernel would not find it either
     assert value(kernel, "import above; above.value") == "installed"
+
+
+@pytest.mark.parametrize("how", ["edited", "another", "written"])
+def test_what_is_installed_or_written_meanwhile_counts(start, environment, tmp_path, how):  # noqa: F811
+    kernel = start(
+        thing="value = 'installed'",
+        probes="import importlib.util\nhas_extra = importlib.util.find_spec('extra') is not None",
+        above="import thing, probes\nvalue = thing.value, probes.has_extra",
+    )
+    if how == "edited":
+        installed(environment, "thing", "value = 'edited'")
+    elif how == "another":
+        installed(environment, "extra", "")
+    else:
+        kernel.run(f"%cd -q {tmp_path}")
+        kernel.run("%%writefile thing.py\nvalue = 'written'")
+    expected = {"edited": ("edited", False), "another": ("installed", True), "written": ("written", False)}
+    assert value(kernel, "import above; above.value") == expected[how]
+
+
+def test_what_somebody_put_in_the_place_of_a_package_is_what_is_used(start):
+    kernel = start(
+        optional="value = 'here'",
+        uses="try:\n    import optional\nexcept ImportError:\n    value = 'none'\nelse:\n    value = optional.value",
+    )
+    assert value(kernel, "import sys; sys.modules['optional'] = None; import uses; uses.value") == "none"
+    kernel.restart()
+    code = "import sys, types; sys.modules['optional'] = stub = types.ModuleType('optional'); stub.value = 'stub'\n"
+    assert value(kernel, code + "import uses; uses.value") == "stub"
+
+
+def test_modules_that_are_none(start):
+    kernel = start(
+        single="import sys\nclass Single:\n    __slots__ = ()\n    value = 42\nsys.modules[__name__] = Single()",
+        nothing="import sys\nsys.modules['absent_on_purpose'] = None",
+        makes="import sys, types\nsys.modules['makes_inner'] = types.ModuleType('makes_inner')\n"
+        "def inner():\n    return sys.modules['makes_inner'].__name__",
+        half="class Base: pass\nimport half_state\nhalf_state.tries.append(1)\nif len(half_state.tries) == 1: raise OSError",
+        half_state="tries = []",
+    )
+    assert value(kernel, "import single; single.value, type(single).__name__") == (42, "Single")
+    assert value(kernel, "import makes; makes.inner()") == "makes_inner"
+    code = (
+        "import nothing, importlib\ntry:\n    import absent_on_purpose\nexcept ImportError as error:\n    found = str(error)\n"
+    )
+    assert "None in sys.modules" in value(kernel, code + "found")
+
+
+def test_an_import_that_is_interrupted_can_be_made_again(start):
+    kernel = start()
+    interrupts = """
+import sys
+class Interrupts:
+    times = 0
+    def find_spec(self, *_): return None
+    def came_back(self, modules):
+        self.times += 1
+        if self.times == 3: raise KeyboardInterrupt
+sys.meta_path.append(Interrupts())
+try:
+    import torch
+except KeyboardInterrupt:
+    found = "interrupted", "torch" in sys.modules, "torch.nn" in sys.modules
+"""
+    assert value(kernel, interrupts + "found") == ("interrupted", False, False)
+    assert value(kernel, "import torch; float(torch.ones(2).sum())") == 2.0
+
+
+def test_a_library_says_once_what_it_says_though_it_is_imported_anew(start, own_specs):  # noqa: F811
+    source = "import logging, os\nos.environ.get('TALKS')\nlog = logging.getLogger('talks')\nlog.setLevel(logging.INFO)\n"
+    source += "log.addHandler(logging.StreamHandler())\nlog.propagate = False"
+    kernel = start(talks=source)
+    said_once = said(kernel, "import os; os.environ['TALKS'] = '1'; import talks; talks.log.info('hello')")
+    assert said_once.count("hello") == 1
 
 
 def test_a_compiled_package_of_ones_own_that_comes_first_is_told_of(start, tmp_path):
@@ -155,16 +260,19 @@ builtins.of_thing = 1
 signal.signal(signal.SIGUSR2, lambda *_: None)
 gc.set_threshold(701, 11, 11)
 threading.excepthook = print
+warnings.filterwarnings("ignore", category=DeprecationWarning)
+logging.captureWarnings(True)
 """
 LOOK = """
 def look():
-    import builtins, decimal, gc, logging, os, signal, sys, threading, warnings
+    import builtins, decimal, gc, locale, logging, os, signal, sys, threading, warnings
     return (
-        [(each[0], each[2].__name__) for each in (warnings.filters[0], warnings.filters[-1])],
+        [(each[0], each[2].__name__) for each in (*warnings.filters[:3], warnings.filters[-1])],
         os.environ.get("SET_BY_THING"), os.environ.get("SET_BY_BOTH"), sys.getrecursionlimit(), sys.path[-1] == "/of/thing",
         str(decimal.Decimal(1) / 3), [type(each).__name__ for each in logging.root.handlers], logging.root.level,
         hasattr(builtins, "of_thing"), callable(signal.getsignal(signal.SIGUSR2)), gc.get_threshold(),
-        threading.excepthook is print,
+        threading.excepthook is print, locale.setlocale(locale.LC_ALL), logging._warnings_showwarning is None,
+        warnings.showwarning.__module__,
     )
 def numbers():
     import numpy
@@ -190,7 +298,25 @@ def test_what_an_import_changes_in_the_whole_process_is_changed_once_it_is_impor
     assert before[1:3] == (None, None)
     assert before[3] != 4321
     assert after[1:5] == ("1", "mine", 4321, True)
-    assert after[0] == [("ignore", "Warning"), ("error", "BytesWarning")]
+    assert [after[0][0], after[0][-1]] == [("ignore", "DeprecationWarning"), ("error", "BytesWarning")]
+
+
+def test_what_a_failing_import_changes_is_changed_where_somebody_does_without_it(start, own_specs):  # noqa: F811
+    kernel = start(
+        bad="import builtins, warnings\nwarnings.simplefilter('ignore')\nbuiltins.of_bad = 1\nraise ImportError",
+        tries="try:\n    import bad\nexcept ImportError:\n    pass",
+    )
+    look = "import builtins, warnings; hasattr(builtins, 'of_bad'), ('ignore', None, Warning, None, 0) in warnings.filters"
+    assert value(kernel, look) == (False, False)
+    assert value(kernel, f"import tries; {look}") == (True, True)
+
+
+def test_what_was_set_in_the_notebook_before_is_changed_as_an_import_would(start, own_specs):  # noqa: F811
+    kernel = start(thing="import logging, numpy\nnumpy.set_printoptions(threshold=7)\nlogging.basicConfig(level=logging.ERROR)")
+    code = "import logging, numpy; numpy.set_printoptions(precision=3); logging.basicConfig(level=logging.INFO); import thing\n"
+    code += "o = numpy.get_printoptions(); o['precision'], o['threshold'], len(logging.root.handlers), logging.root.level"
+    with Kernel("ordinary", own_specs) as ordinary:
+        assert value(kernel, code) == value(ordinary, code) == (3, 7, 1, 20)
 
 
 def test_what_is_served_from_the_cache_is_also_what_was_imported_ahead(start):
@@ -207,7 +333,7 @@ def test_an_import_that_takes_long_once_more_is_told_of(start):
     kernel = start(slow="import os, time\ntime.sleep(0.6)\nhome = os.environ.get('SLOW_HOME')")
     assert not said(kernel, "import os; os.environ['SLOW_HOME'] = '/x'")
     text = said(kernel, "import slow")
-    assert "ImportedAnew: SLOW_HOME was set here, so slow are imported anew (about 0." in text
+    assert "ImportedAnew: slow: imported anew, for SLOW_HOME had another value when slow was imported ahead" in text
     assert not said(kernel, "import slow")
 
 
