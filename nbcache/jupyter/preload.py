@@ -17,8 +17,10 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Container, Iterator, Sequence, Set
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -72,7 +74,7 @@ class Preloaded:
     variables: dict[str, str] = field(default_factory=dict)
     """What the kernel's own modules have set in the environment, as they do in an ordinary kernel."""
     shell_askers: set[str] = field(default_factory=set)
-    """Modules that asked for IPython's shell when they were imported: there was none. A kernel imports them anew."""
+    """Modules that wanted IPython's shell when they were imported: there was none. A kernel imports them anew."""
     ahead: Ahead = field(default_factory=lambda: Ahead(set(sys.modules), Notes()))
     """What an ordinary kernel would not have imported by the time that a notebook can import anything."""
 
@@ -135,35 +137,70 @@ def _drop_orphans(visible: Set[str]) -> None:
 
 @contextlib.contextmanager
 def asking_for_the_shell(found: set[str]) -> Iterator[None]:
-    """Note the modules that call ``IPython.get_ipython()`` meanwhile, while they are imported; there is no shell.
+    """Give modules that call ``IPython.get_ipython()`` meanwhile a stand-in, and note those that want more than it has.
 
-    The function stays the object that it is, for whoever imports it: it is what it does that changes. The kernel's own modules
-    ask too, and need no answer.
+    Most only ask whether this is a notebook, which it will be. The function stays the object that it is, for whoever imports
+    it: it is what it does that changes. The kernel's own modules ask too, and are given nothing.
     """
     from IPython.core import getipython
 
-    def noting() -> None:
+    def answering() -> object:
         import sys
 
         frame = sys._getframe(1)
         while frame is not None and frame.f_code.co_name != "<module>":
             frame = frame.f_back  # type: ignore[assignment]
-        if frame is not None:
-            globals()["note_who_asks_for_the_shell"](frame.f_globals.get("__name__", ""))  # IPython's globals, once it is there
+        name = frame.f_globals.get("__name__", "") if frame is not None else ""
+        return globals()["stand_in_for_the_shell"](name)  # IPython's globals, once it is there
 
-    def note(name: str) -> None:
-        if name.partition(".")[0] not in SHELL_PACKAGES:
-            found.add(name)
+    given: list[tuple[str, weakref.ref[object]]] = []
+
+    def stand_in(name: str) -> object:
+        if name.partition(".")[0] in SHELL_PACKAGES:
+            return None
+        shell = _shell_class()(partial(found.add, name))
+        given.append((name, weakref.ref(shell)))
+        return shell
 
     function = getipython.get_ipython
     code = function.__code__
-    function.__globals__["note_who_asks_for_the_shell"] = note
-    function.__code__ = noting.__code__
+    function.__globals__["stand_in_for_the_shell"] = stand_in
+    function.__code__ = answering.__code__
     try:
         yield
     finally:
         function.__code__ = code
-        del function.__globals__["note_who_asks_for_the_shell"]
+        del function.__globals__["stand_in_for_the_shell"]
+        gc.collect()
+        found.update(name for name, shell in given if shell() is not None)  # who keeps it, wants the shell itself
+
+
+class _Inert:
+    """What comes of using the stand-in for the shell: nothing, but no error."""
+
+    def __getattr__(self, name: str) -> _Inert:
+        return self
+
+    def __call__(self, *_: object, **__: object) -> _Inert:
+        return self
+
+    def __iter__(self) -> Iterator[object]:
+        return iter(())
+
+
+@cache
+def _shell_class() -> Callable[[Callable[[], None]], object]:
+    """The class of stand-ins: of the name that a kernel's shell has, and with a configuration that says it is a kernel's."""
+
+    def asked(self: Any, name: str) -> _Inert:  # noqa: ANN401
+        vars(self)["want_more"]()
+        return _Inert()
+
+    def init(self: Any, want_more: Callable[[], None]) -> None:  # noqa: ANN401
+        vars(self)["want_more"] = want_more
+
+    body = {"__init__": init, "__getattr__": asked, "config": {"IPKernelApp": {}}, "__module__": "ipykernel.zmqshell"}
+    return type("ZMQInteractiveShell", (), body)
 
 
 def attempt(name: str, deferred: Container[str] = ()) -> str:

@@ -48,6 +48,7 @@ class Veil(importlib.abc.MetaPathFinder):
         self._ahead = ahead
         self._hidden: dict[str, Any] = {}
         self._brought: set[str] = set()
+        self._coming: list[str] = []
         self._is_settled = False
         self._folders: Mapping[str, object] = {}
         self._environment: dict[str, str] = {}
@@ -93,13 +94,28 @@ class Veil(importlib.abc.MetaPathFinder):
     def bring(self, fullname: str) -> None:
         """Import what a module needs that is being imported, and bring back what comes with it; all, or nothing."""
         unit = unit_of(fullname)
+        self._coming.append(unit)
+        try:
+            self._import_needs(unit)
+            self._show(unit, fullname)
+        finally:
+            self._coming.remove(unit)
+
+    def _import_needs(self, unit: str) -> None:
         for needed in sorted(self._ahead.needs[unit]):
-            if needed not in sys.modules and needed in self._hidden:
-                if isinstance(self._hidden[needed], ModuleType) and not is_deferred(self._hidden[needed]):
-                    with contextlib.suppress(TWO_THREADS):
-                        __import__(needed)
-                else:
-                    sys.modules.setdefault(needed, self._hidden.pop(needed))
+            if needed in sys.modules:
+                continue
+            if needed not in self._hidden:  # it is to be executed here; who needs it may do without
+                with contextlib.suppress(Exception):
+                    __import__(needed)
+            elif isinstance(module := self._hidden[needed], ModuleType) and not is_deferred(module):
+                with contextlib.suppress(TWO_THREADS):
+                    __import__(needed)
+            else:
+                sys.modules.setdefault(needed, self._hidden.pop(needed, module))
+
+    def _show(self, unit: str, fullname: str) -> None:
+        """Have the modules of a unit where modules are looked for, and done again what they had changed."""
         modules = {name: self._hidden.pop(name) for name in self._ahead.modules[unit] if name in self._hidden}
         try:
             for name, module in modules.items():
@@ -126,7 +142,7 @@ class Veil(importlib.abc.MetaPathFinder):
             self._forget(set(self._ahead.modules))
         environment = dict(os.environ)
         for each in sorted(self._ahead.below(unit)):
-            if each not in self._hidden or each.startswith(f"{OWN}."):
+            if each not in self._hidden or each in self._coming or each.startswith(f"{OWN}."):
                 continue
             is_solid = each in self._ahead.solid
             if each in sys.modules:  # somebody has put another there

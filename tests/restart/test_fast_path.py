@@ -267,10 +267,37 @@ def test_what_asks_for_the_shell_when_it_is_imported_finds_it(environment, own_s
     start_zygote(own_specs)
     with Kernel("nbcache", own_specs) as kernel:
         assert is_forked(kernel)
-        assert kernel.run("import sys, stands_on_it; [n in sys.modules for n in ('asks', 'stands_on_it')]") == "[False, True]"
-        assert kernel.run(WERE_AHEAD.format(names=("stands_on_it",))) == "[True]"
+        assert kernel.run("import sys, stands_on_it; [n in sys.modules for n in ('asks', 'stands_on_it')]") == "[True, True]"
+        assert kernel.run(WERE_AHEAD.format(names=("asks", "stands_on_it"))) == "[False, True]"
         assert kernel.run("import asks; asks.shell is asks.again is get_ipython() is not None") == "True"
         assert kernel.run("import IPython; IPython.get_ipython() is asks.shell") == "True"
+
+
+ASKS_WHERE = """
+import functools, sys
+
+@functools.lru_cache
+def is_in_notebook():
+    shell = sys.modules["IPython"].get_ipython()
+    return "IPKernelApp" in shell.config and shell.__class__.__name__ == "ZMQInteractiveShell"
+
+answer = is_in_notebook()
+"""
+
+
+def test_what_asks_only_whether_it_is_in_a_notebook_is_told_so_ahead(environment, own_specs, monkeypatch):
+    """As transformers and tqdm do, for the progress they show; others take over what they chose."""
+    installed(environment, "where", ASKS_WHERE)
+    installed(environment, "hooks", "import IPython\nshell = IPython.get_ipython()\nif shell is not None:\n"
+        "    shell.events.register('post_run_cell', bool)\n    del shell\nanswer = 1")  # fmt: skip
+    installed(environment, "stands_on_it", "from where import answer, is_in_notebook\nimport hooks")
+    monkeypatch.setenv("NBCACHE_PRELOAD", "where,hooks,stands_on_it")
+    start_zygote(own_specs)
+    with Kernel("nbcache", own_specs) as kernel:
+        assert is_forked(kernel)
+        assert kernel.run("import stands_on_it, hooks, where; where.answer, where.is_in_notebook()") == "(True, True)"
+        assert kernel.run(WERE_AHEAD.format(names=("where", "stands_on_it", "hooks"))) == "[True, True, False]"
+        assert kernel.run("bool in get_ipython().events.callbacks['post_run_cell']").startswith("True")
 
 
 def test_a_module_that_ends_the_process_when_it_is_imported_is_left_out(environment, own_specs, monkeypatch):

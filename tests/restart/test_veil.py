@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -204,6 +205,17 @@ def test_modules_that_are_none(start):
         "import nothing, importlib\ntry:\n    import absent_on_purpose\nexcept ImportError as error:\n    found = str(error)\n"
     )
     assert "None in sys.modules" in value(kernel, code + "found")
+
+
+def test_packages_that_need_each_other_come_back_as_they_were(start, environment):  # noqa: F811
+    folder = Path(environment) / "one"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("import two\nfrom one import sub\nclass Base: pass")
+    (folder / "sub.py").write_text("value = object()")
+    kernel = start(two="def get():\n    import one\n    return one.Base\nimport one", uses="import one, two")
+    code = "import one, two, one.sub; from nbcache.jupyter.veil import has_come_back\n"
+    code += "one.two is two, two.one is one, two.get() is one.Base, all(map(has_come_back, ('one', 'two', 'one.sub')))"
+    assert value(kernel, code) == (True, True, True, True)
 
 
 def test_an_import_that_is_interrupted_can_be_made_again(start):
