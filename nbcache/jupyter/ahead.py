@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass
 from types import BuiltinFunctionType, FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
@@ -50,6 +51,24 @@ class Notes:
             self.imported.setdefault(package, set()).update(top_level(sys.modules.keys() - before) - {package})
 
 
+@dataclass(frozen=True)
+class LoggerState:
+    """A logger, and what an import has made of it."""
+
+    logger: logging.Logger
+    handlers: list[logging.Handler]
+    level: int
+    propagate: bool
+
+    def undo(self) -> None:
+        """Have it as before that import, but for what others have changed since."""
+        for handler in self.handlers:
+            self.logger.removeHandler(handler)
+        if self.logger.level == self.level:
+            self.logger.setLevel(logging.NOTSET)
+        self.logger.propagate = self.logger.propagate or not self.propagate
+
+
 class Ahead:
     """The modules that are in this process, and would not be in one that became a kernel without help.
 
@@ -59,7 +78,7 @@ class Ahead:
     needs : by unit, the others that it has imported, or whose objects its modules hold
     solid : the units that cannot be imported twice, as they have compiled modules, and what those need
     effects : what each package has changed in the whole process
-    loggers : as imports have left them: handlers, level, and whether records go on to the root's
+    loggers : by unit, as imports have left them
 
     Notes
     -----
@@ -80,11 +99,11 @@ class Ahead:
         solid = [unit for unit, names in self.modules.items() if any(map(_is_solid, names))]
         self.solid = _reachable(solid, self.needs)
         self.effects = notes.effects
-        self.loggers = {
-            name: (list(logger.handlers), logger.level, logger.propagate)
-            for name, logger in logging.root.manager.loggerDict.items()
-            if isinstance(logger, logging.Logger) and unit_of(name) in self.modules
-        }
+        self.loggers: dict[str, list[LoggerState]] = {}
+        for name, logger in logging.root.manager.loggerDict.items():
+            if isinstance(logger, logging.Logger):
+                state = LoggerState(logger, list(logger.handlers), logger.level, logger.propagate)
+                self.loggers.setdefault(unit_of(name), []).append(state)
         self._notes = notes
         self._seconds = by_package(seconds)
         self._files = {unit: file for unit in self.modules if isinstance(file := _file_of(unit), str)}

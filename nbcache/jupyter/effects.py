@@ -214,7 +214,7 @@ PLACES: tuple[Value | Items | Entries, ...] = (
     _hook(sys, "displayhook"),
     _hook(sys, "unraisablehook"),
     _hook(threading, "excepthook"),
-    Value(sys.getrecursionlimit, sys.setrecursionlimit),
+    Value(sys.getrecursionlimit, sys.setrecursionlimit, gently=True),
     Value(sys.getswitchinterval, sys.setswitchinterval),
     Value(lambda: (gc.get_threshold(), gc.isenabled()), _write_collector),
     Value(lambda: locale.setlocale(locale.LC_ALL), lambda name: locale.setlocale(locale.LC_ALL, name)),

@@ -39,6 +39,11 @@ KERNEL_MODULES = (
 )  # fmt: skip
 """What a kernel has imported by the time that it answers, as far as it is installed."""
 NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
+READ_ANYWAY = (
+    NVML_CHECK, "TMPDIR", "TEMP", "TMP", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES",
+    "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF",
+)  # fmt: skip
+"""Variables that are not for kernels, or are looked at again: what is read of them here does not matter."""
 INLINE_BACKEND = "module://matplotlib_inline.backend_inline"
 
 
@@ -122,7 +127,8 @@ def preload(
         raise Broken("a kernel's own modules", f"import what is not installed: {watch.refused[0]}")
     _drop_orphans(visible)
     for read in watch.notes.read.values():
-        read.pop(NVML_CHECK, None)  # which is not for kernels
+        for name in READ_ANYWAY:
+            read.pop(name, None)
     done.ahead = Ahead(visible, watch.notes, done.seconds)
     watch.notes.effects.undo()
     return done

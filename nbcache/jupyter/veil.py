@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.abc
-import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
@@ -52,6 +51,7 @@ class Veil(importlib.abc.MetaPathFinder):
         self._is_settled = False
         self._folders: Mapping[str, object] = {}
         self._environment: dict[str, str] = {}
+        self._path: list[str] = []
         self._told: set[str] = set()
 
     def draw(self) -> None:
@@ -66,7 +66,7 @@ class Veil(importlib.abc.MetaPathFinder):
     def settle(self, shell: Any = None) -> None:  # noqa: ANN401 - IPython's
         """The kernel is set up: from now on, what changes counts. ``shell`` is where cells are run."""
         self._is_settled = True
-        self._environment = dict(os.environ)
+        self._environment, self._path = dict(os.environ), _searched()
         if shell is not None:
             shell.events.register("post_run_cell", self.after_cell)
 
@@ -125,6 +125,8 @@ class Veil(importlib.abc.MetaPathFinder):
             for finder in list(sys.meta_path):
                 if (notice := getattr(finder, "came_back", None)) is not None:  # one that looks for imports, which these are
                     notice(modules.values())
+            for state in self._ahead.loggers.get(unit, ()):
+                state.logger.disabled = False  # by a configuration that took it for one that is in use
             self._ahead.effects.do_again(unit)
         except BaseException:
             for name, module in modules.items():
@@ -141,40 +143,44 @@ class Veil(importlib.abc.MetaPathFinder):
             self._folders = folders
             self._forget(set(self._ahead.modules))
         environment = dict(os.environ)
+        readers: dict[str, list[str]] = {}
         for each in sorted(self._ahead.below(unit)):
             if each not in self._hidden or each in self._coming or each.startswith(f"{OWN}."):
                 continue
-            is_solid = each in self._ahead.solid
             if each in sys.modules:  # somebody has put another there
                 self._forget({each})
             elif self._ahead.has_changed(each):
-                if is_solid:
-                    here = attributes(self._hidden[each]).get("__file__")
-                    self._tell(SetTooLate, f"{here} has changed, and had been imported ahead of this kernel. Restart it")
-                self._forget({each})
+                self._forget_or_tell(each, f"{each} has changed since it was imported ahead of this kernel. Restart the kernel")
             elif (elsewhere := self._found_elsewhere(each)) is not None:
-                if is_solid:
-                    text = f"{elsewhere} is not what `import {each}` gives: another had been imported ahead of this kernel"
-                    self._tell(SetTooLate, f"{text}. {REMEDY}")
-                self._forget({each})
+                text = f"{elsewhere} is not what `import {each}` gives: another was imported ahead of this kernel. {REMEDY}"
+                self._forget_or_tell(each, text)
             else:
-                self._heed_variables(each, self._ahead.changed_variables(each, environment), is_solid)
+                for variable in self._ahead.changed_variables(each, environment):
+                    readers.setdefault(variable, []).append(each)
+        for variable, units in readers.items():
+            self._heed_variable(variable, units)
 
-    def _heed_variables(self, unit: str, variables: Sequence[str], is_solid: bool) -> None:
-        if not variables:
-            return
-        names = " and ".join(variables)
-        anew = self._forget({unit})
-        if is_solid:
-            text = f"{names} had another value when {unit} was imported ahead of this kernel, and has no effect on it"
+    def _forget_or_tell(self, unit: str, text: str) -> None:
+        if unit in self._ahead.solid:
+            self._tell(SetTooLate, text)
+        self._forget({unit})
+
+    def _heed_variable(self, variable: str, units: list[str]) -> None:
+        anew = self._forget(set(units))
+        if solid := " and ".join(unit for unit in units if unit in self._ahead.solid):
+            text = (
+                f"{variable} had another value when {solid} came to be imported, ahead of this kernel; what was read then stays"
+            )
             self._tell(SetTooLate, f"{text}. {REMEDY}")
-        elif self._ahead.seconds(anew) >= NOTICED_S:
-            text = f"{', '.join(sorted(anew))}: imported anew, for {names} had another value when {unit} was imported ahead"
+        if self._ahead.seconds(anew) >= NOTICED_S:
+            text = (
+                f"{variable} had another value when this was imported ahead, so it is imported anew: {', '.join(sorted(anew))}"
+            )
             self._tell(ImportedAnew, f"{text}. {SET_EARLIER}, to be quicker")
 
     def _found_elsewhere(self, unit: str) -> str | None:
         """The file that would be imported now for a unit, if it is another."""
-        here = attributes(self._hidden.get(unit)).get("__file__")
+        here = attributes(self.known(unit)).get("__file__")
         found = PathFinder.find_spec(unit)
         if found is None or not found.origin or not here or os.path.abspath(found.origin) == os.path.abspath(here):
             return None
@@ -187,25 +193,24 @@ class Veil(importlib.abc.MetaPathFinder):
         for unit in forgotten:
             for name in self._ahead.modules[unit]:
                 self._hidden.pop(name, None)
-        for name, (handlers, level, propagate) in self._ahead.loggers.items():
-            if unit_of(name) in forgotten:
-                _begin_anew(logging.getLogger(name), handlers, level, propagate)
+            for state in self._ahead.loggers.get(unit, ()):
+                state.undo()
         return forgotten
 
     def after_cell(self, result: Any) -> None:  # noqa: ANN401 - IPython's
-        """Tell of variables that a cell has set, which something has read that came back before."""
-        environment = dict(os.environ)
-        if environment == self._environment:
-            return
+        """Tell of what a cell has set too late for what came back before, with something else perhaps."""
         cell = str(getattr(getattr(result, "info", None), "raw_cell", ""))
-        known, self._environment = self._environment, environment
-        changed = [name for name in environment.keys() | known.keys() if environment.get(name) != known.get(name)]
+        known, self._environment = self._environment, dict(os.environ)
+        changed = {name for name, value in self._environment.items() if known.get(name) != value and name in cell}
+        folders, self._path = self._path, _searched()
+        if not changed and folders == self._path:
+            return
         for unit in sorted({unit_of(name) for name in self._brought}):
-            read = set(self._ahead.changed_variables(unit, environment))
-            for name in sorted(read.intersection(changed)):
-                if name in cell:
-                    text = f"{name} was set after {unit} had been imported, which goes on with what it has read"
-                    self._tell(SetTooLate, f"{text}. {REMEDY}")
+            for variable in changed.intersection(self._ahead.changed_variables(unit, self._environment)):
+                text = f"{variable} was set after {unit} had been imported, which goes on with what it has read"
+                self._tell(SetTooLate, f"{text}. {REMEDY}")
+            if folders != self._path and (elsewhere := self._found_elsewhere(unit)) is not None:
+                self._tell(SetTooLate, f"{elsewhere} is not what `import {unit}` gives: another was imported before. {REMEDY}")
 
     def _tell(self, category: type[UserWarning], message: str) -> None:
         if message not in self._told:
@@ -214,15 +219,6 @@ class Veil(importlib.abc.MetaPathFinder):
                 warnings.warn_explicit(message, category, "nbcache", 1)
             except UserWarning as warning:  # warnings are errors here; but the import is none
                 print(f"nbcache: {type(warning).__name__}: {warning}", file=sys.stderr)  # noqa: T201
-
-
-def _begin_anew(logger: logging.Logger, handlers: Iterable[logging.Handler], level: int, propagate: bool) -> None:
-    """Have a logger as before the import that has left it so, but for what others have changed."""
-    for handler in handlers:
-        logger.removeHandler(handler)
-    if logger.level == level:
-        logger.setLevel(logging.NOTSET)
-    logger.propagate = logger.propagate or not propagate
 
 
 class _Known(importlib.abc.Loader):
@@ -265,6 +261,11 @@ def _spec_of(name: str, module: Any, veil: Veil) -> ModuleSpec:  # noqa: ANN401
     spec.submodule_search_locations = getattr(original, "submodule_search_locations", None)
     spec.has_location = getattr(original, "has_location", False)
     return spec
+
+
+def _searched() -> list[str]:
+    """Where modules are looked for."""
+    return [os.path.abspath(folder) for folder in sys.path if isinstance(folder, str)]
 
 
 def has_come_back(name: str) -> bool:
