@@ -28,7 +28,7 @@ demo: $(VENV)/demo.stamp
 	@$(BIN)/nbcache demo
 
 test: lint types
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # A PYTHON that is named is taken as it is: a GPU host may have no network to install anything from.
 ifeq ($(origin PYTHON),file)
