@@ -90,7 +90,7 @@ class Ahead:
         shared = (top_level(visible) | sys.stdlib_module_names | {"__main__", "__mp_main__"}) - {OWN}
         self.modules: dict[str, list[str]] = {}
         for name in sys.modules:
-            if top_level([name]).isdisjoint(shared) and name not in visible:
+            if name.partition(".")[0] not in shared and name not in visible:
                 self.modules.setdefault(unit_of(name), []).append(name)
         self.needs = {
             unit: ((_held(names) | notes.imported.get(unit, set())) & self.modules.keys()) - {unit}
@@ -106,8 +106,11 @@ class Ahead:
                 self.loggers.setdefault(unit_of(name), []).append(state)
         self._notes = notes
         self._seconds = by_package(seconds)
-        self._files = {unit: file for unit in self.modules if isinstance(file := _file_of(unit), str)}
-        self._stamps = {path: stamp(path) for path in self._files.values()}
+        self._needed_by: dict[str, set[str]] = {}
+        for unit, needs in self.needs.items():
+            for needed in needs:
+                self._needed_by.setdefault(needed, set()).add(unit)
+        self._files = {unit: (file, stamp(file)) for unit in self.modules if isinstance(file := _file_of(unit), str)}
         self._folders = {path: stamp(path) for path in installed_folders()}
 
     @property
@@ -127,8 +130,8 @@ class Ahead:
 
     def has_changed(self, unit: str) -> bool:
         """Whether a unit's file is not what was imported."""
-        path = self._files.get(unit)
-        return path is not None and stamp(path) != self._stamps[path]
+        path, known = self._files.get(unit, ("", None))
+        return stamp(path) != known
 
     def changed_folders(self) -> dict[str, Stamp | None]:
         """Folders of installed packages in which something was installed, or removed, since; as they are now."""
@@ -144,11 +147,7 @@ class Ahead:
 
     def above(self, units: Iterable[str]) -> set[str]:
         """These units and all that need them."""
-        needed_by: dict[str, set[str]] = {}
-        for unit, needs in self.needs.items():
-            for needed in needs:
-                needed_by.setdefault(needed, set()).add(unit)
-        return _reachable(units, needed_by)
+        return _reachable(units, self._needed_by)
 
 
 def unit_of(name: str) -> str:

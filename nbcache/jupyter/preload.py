@@ -20,9 +20,9 @@ import time
 import weakref
 from collections.abc import Callable, Container, Iterator, Sequence, Set
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from nbcache.jupyter.ahead import Ahead, Notes
 from nbcache.jupyter.experience import SLOW_S, Experience, by_package
@@ -164,7 +164,7 @@ def asking_for_the_shell(found: set[str]) -> Iterator[None]:
     def stand_in(name: str) -> object:
         if name.partition(".")[0] in SHELL_PACKAGES:
             return None
-        shell = _shell_class()(partial(found.add, name))
+        shell = _Shell(partial(found.add, name))
         given.append((name, weakref.ref(shell)))
         return shell
 
@@ -194,19 +194,21 @@ class _Inert:
         return iter(())
 
 
-@cache
-def _shell_class() -> Callable[[Callable[[], None]], object]:
-    """The class of stand-ins: of the name that a kernel's shell has, and with a configuration that says it is a kernel's."""
+class _Shell:
+    """A stand-in for IPython's shell, which says that it is a kernel's, and tells if somebody wants more."""
 
-    def asked(self: Any, name: str) -> _Inert:  # noqa: ANN401
-        vars(self)["want_more"]()
+    config: ClassVar[dict[str, dict[str, Any]]] = {"IPKernelApp": {}}
+
+    def __init__(self, want_more: Callable[[], None]) -> None:
+        self._want_more = want_more
+
+    def __getattr__(self, name: str) -> _Inert:
+        self._want_more()
         return _Inert()
 
-    def init(self: Any, want_more: Callable[[], None]) -> None:  # noqa: ANN401
-        vars(self)["want_more"] = want_more
 
-    body = {"__init__": init, "__getattr__": asked, "config": {"IPKernelApp": {}}, "__module__": "ipykernel.zmqshell"}
-    return type("ZMQInteractiveShell", (), body)
+_Shell.__name__ = "ZMQInteractiveShell"  # which many ask for
+_Shell.__module__ = "ipykernel.zmqshell"
 
 
 def attempt(name: str, deferred: Container[str] = ()) -> str:

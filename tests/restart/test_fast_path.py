@@ -24,7 +24,7 @@ from nbcache.jupyter.preload import leave_out, wanted, weigh
 from nbcache.jupyter.zygote import Obituary
 from tests.support.kernels import PATIENCE_S, REPOSITORY, Kernel
 from tests.support.waiting import eventually
-from tests.support.zygotes import is_forked, processes_of, start_zygote, write_specs, zygote, zygote_environment
+from tests.support.zygotes import installed, is_forked, processes_of, start_zygote, zygote
 
 WERE_AHEAD = "from nbcache.jupyter.veil import has_come_back; [has_come_back(name) for name in {names}]"
 SLEEP = "import time\ntime.sleep(0.3)\n"
@@ -43,25 +43,6 @@ NOT_AT_IMPORT = [
     "OPENAI_API_KEY",
     "PWD",
 ]
-
-
-@pytest.fixture
-def environment(tmp_path, monkeypatch):
-    """A zygote's surroundings of the test's own, and a folder of installed packages that the test fills."""
-    site = tmp_path / "site-packages"
-    (site / "made_up-1.0.dist-info").mkdir(parents=True)
-    monkeypatch.setenv("PYTHONPATH", str(site))
-    with zygote_environment(tmp_path):
-        yield site
-
-
-@pytest.fixture
-def own_specs(tmp_path):
-    return write_specs(tmp_path / "specs")
-
-
-def installed(site: Path, name: str, source: str) -> None:
-    (site / f"{name}.py").write_text(source)
 
 
 def test_what_was_learned_is_imported_ahead_and_what_breaks_forks_is_left_out(environment, own_specs):

@@ -14,14 +14,13 @@ import pytest
 
 from nbcache.jupyter import handover, installed
 from nbcache.jupyter.kernelspec import examine
-from tests.restart.test_fast_path import environment, own_specs  # noqa: F401
 from tests.support.kernels import REPOSITORY, Kernel
 from tests.support.waiting import eventually
 from tests.support.zygotes import is_forked, processes_of, start_zygote, zygote
 
 
 @pytest.fixture
-def with_user_site(environment, own_specs, monkeypatch, tmp_path) -> Path:  # noqa: F811
+def with_user_site(environment, own_specs, monkeypatch, tmp_path) -> Path:
     """The site folder of a virtual environment that has a user's one too, and whose kernel is ``nbcache`` for the test."""
     monkeypatch.setenv("NBCACHE_PRELOAD", "")
     monkeypatch.setenv("PYTHONUSERBASE", str(tmp_path / "user"))
@@ -34,12 +33,12 @@ def with_user_site(environment, own_specs, monkeypatch, tmp_path) -> Path:  # no
     return site
 
 
-def test_a_first_installation_for_the_user_is_seen(with_user_site, own_specs, tmp_path):  # noqa: F811
+def test_a_first_installation_for_the_user_is_seen(with_user_site, own_specs, tmp_path):
     users = Path(sysconfig.get_path("purelib", "posix_user", vars={"userbase": str(tmp_path / "user")}))
     _comes_later(own_specs, users)
 
 
-def test_a_folder_that_a_pth_file_names_is_seen_when_it_is_made(with_user_site, own_specs, tmp_path):  # noqa: F811
+def test_a_folder_that_a_pth_file_names_is_seen_when_it_is_made(with_user_site, own_specs, tmp_path):
     (with_user_site / "later.pth").write_text("# none\n\nimport sys\n../../../../later\n")
     _comes_later(own_specs, tmp_path / "later")
 
@@ -74,7 +73,7 @@ def test_a_snapshot_watches_what_is_not_there(tmp_path, monkeypatch, line):
 
 
 @pytest.fixture
-def projects(environment, own_specs, monkeypatch, tmp_path) -> list[Path]:  # noqa: F811
+def projects(environment, own_specs, monkeypatch, tmp_path) -> list[Path]:
     """Two directories with a module each, which PYTHONPATH names relative to them; and a zygote that is ready."""
     monkeypatch.setenv("NBCACHE_PRELOAD", "")
     monkeypatch.setenv("PYTHONPATH", f"src:{environment}:lib/../.:")
@@ -86,7 +85,7 @@ def projects(environment, own_specs, monkeypatch, tmp_path) -> list[Path]:  # no
     return found
 
 
-def test_a_relative_path_is_one_from_the_kernels_directory(projects, own_specs):  # noqa: F811
+def test_a_relative_path_is_one_from_the_kernels_directory(projects, own_specs):
     with Kernel("nbcache", own_specs) as kernel, Kernel("ordinary", own_specs) as ordinary:
         for project in projects:
             for each in (kernel, ordinary):
@@ -102,7 +101,7 @@ def test_a_relative_path_is_one_from_the_kernels_directory(projects, own_specs):
     ("name", "source"),
     [("sitecustomize", "import sys\nsys.mine = True"), ("timeit", Path(timeit.__file__).read_text() + "\nsys.mine = True\n")],
 )
-def test_a_relative_path_comes_before_all_that_an_interpreter_imports(projects, own_specs, name, source):  # noqa: F811
+def test_a_relative_path_comes_before_all_that_an_interpreter_imports(projects, own_specs, name, source):
     with Kernel("nbcache", own_specs) as kernel:
         (projects[0] / "src" / f"{name}.py").write_text(source)
         kernel.restart_in(projects[0])
@@ -116,8 +115,8 @@ def test_a_relative_path_comes_before_all_that_an_interpreter_imports(projects, 
     ("name", "path"), [("HF_HOME", "cache"), ("MPLCONFIGDIR", "./mpl"), ("COVERAGE_PROCESS_START", "/no/such/coveragerc")]
 )
 def test_some_settings_mean_an_ordinary_kernel(
-    environment,  # noqa: F811
-    own_specs,  # noqa: F811
+    environment,
+    own_specs,
     monkeypatch,
     tmp_path,
     name,
@@ -174,8 +173,8 @@ def test_which_settings_mean_an_ordinary_kernel(monkeypatch, name, value, expect
     ],
 )
 def test_a_variable_that_a_library_has_read_is_read_by_the_kernel(
-    environment,  # noqa: F811
-    own_specs,  # noqa: F811
+    environment,
+    own_specs,
     monkeypatch,
     name,
     value,
@@ -188,7 +187,7 @@ def test_a_variable_that_a_library_has_read_is_read_by_the_kernel(
         assert kernel.run(look) == expected
 
 
-def test_start_up_code_of_ones_own_is_run_by_each_kernel(environment, own_specs, monkeypatch, tmp_path):  # noqa: F811
+def test_start_up_code_of_ones_own_is_run_by_each_kernel(environment, own_specs, monkeypatch, tmp_path):
     """It may ask for the directory, as here, or the time, or begin to measure."""
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "sitecustomize.py").write_text("import os, sys\nsys.started_in = os.getpid(), os.getcwd()")

@@ -2,43 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import time
-from typing import Any
-
-import pytest
 
 from nbcache.jupyter.experience import recall
-from tests.restart.test_fast_path import environment, installed, own_specs  # noqa: F401
-from tests.support.kernels import Kernel
+from tests.support.kernels import Kernel, value
 from tests.support.waiting import eventually
-from tests.support.zygotes import is_forked, start_zygote, zygote
+from tests.support.zygotes import installed, is_forked, start_zygote, zygote
 
 
-@pytest.fixture
-def forked(environment, own_specs, monkeypatch):  # noqa: F811
-    """A forked kernel, whose zygote has imported a package of this source ahead; it is called ``thing``."""
-    kernels: list[Kernel] = []
-
-    def start(source: str) -> Kernel:
-        monkeypatch.setenv("NBCACHE_PRELOAD", "thing")
-        installed(environment, "thing", source)
-        start_zygote(own_specs)
-        kernels.append(Kernel("nbcache", own_specs).__enter__())
-        assert is_forked(kernels[0])
-        return kernels[0]
-
-    yield start
-    for kernel in kernels:
-        kernel.close()
-
-
-def value(kernel: Kernel, code: str) -> Any:
-    return ast.literal_eval(kernel.run(code))
-
-
-def test_a_generator_that_a_module_makes_gives_each_kernel_numbers_of_its_own(forked):
-    kernel = forked("import random\nown, seeded = random.Random(), random.Random(3)\nseeded.random()")
+def test_a_generator_that_a_module_makes_gives_each_kernel_numbers_of_its_own(start):
+    kernel = start(thing="import random\nown, seeded = random.Random(), random.Random(3)\nseeded.random()")
     look = "import thing, random; right = random.Random(3); right.random()\n"
     look += "thing.own.random(), thing.seeded.random() == right.random(), random.random()"
     seen = []
@@ -50,7 +23,7 @@ def test_a_generator_that_a_module_makes_gives_each_kernel_numbers_of_its_own(fo
     assert len({drawn for drawn, _, _ in seen}) == len({drawn for _, _, drawn in seen}) == 3
 
 
-def test_dummy_symbols_of_two_kernels_differ(environment, own_specs, monkeypatch):  # noqa: F811
+def test_dummy_symbols_of_two_kernels_differ(environment, own_specs, monkeypatch):
     """sympy tells them apart by a number that it draws when it is imported; pickled ones meet."""
     monkeypatch.setenv("NBCACHE_PRELOAD", "sympy")
     start_zygote(own_specs)
@@ -63,9 +36,9 @@ def test_dummy_symbols_of_two_kernels_differ(environment, own_specs, monkeypatch
     assert len(drawn) == 2
 
 
-def test_a_package_that_makes_a_temporary_directory_is_left_to_the_kernel(forked):
+def test_a_package_that_makes_a_temporary_directory_is_left_to_the_kernel(start):
     """The first kernel that ended would remove it for all."""
-    kernel = forked("import tempfile\nfolder = tempfile.TemporaryDirectory()")
+    kernel = start(thing="import tempfile\nfolder = tempfile.TemporaryDirectory()")
     assert "temporary directory" in recall().broken["thing"]
     for _ in range(2):
         assert kernel.run("import os, thing; os.path.isdir(thing.folder.name)") == "True"
@@ -73,9 +46,9 @@ def test_a_package_that_makes_a_temporary_directory_is_left_to_the_kernel(forked
         assert is_forked(kernel)
 
 
-def test_who_logs_writes_to_the_kernels_own_streams(forked):
-    kernel = forked(
-        "import logging, sys\nlog = logging.getLogger('thing')\nhandler = logging.StreamHandler()\n"
+def test_who_logs_writes_to_the_kernels_own_streams(start):
+    kernel = start(
+        thing="import logging, sys\nlog = logging.getLogger('thing')\nhandler = logging.StreamHandler()\n"
         "handler.flush = sys.stderr.flush\nlog.addHandler(handler)\nlog.addHandler(logging.StreamHandler(sys.stdout))"
     )
     kernel.run("import sys, thing; err, out = thing.log.handlers")
@@ -87,17 +60,17 @@ def test_who_logs_writes_to_the_kernels_own_streams(forked):
     )
 
 
-def test_log_records_count_from_the_kernels_start(forked):
-    kernel = forked("")
+def test_log_records_count_from_the_kernels_start(start):
+    kernel = start(thing="")
     before = time.time()
     kernel.restart()
     look = "import logging, time; time.time() - logging.LogRecord('', 20, '', 1, '', (), None).relativeCreated / 1000"
     assert value(kernel, look) > before - 0.1
 
 
-def test_workers_are_sent_the_warnings_of_what_was_imported_here(forked):
+def test_workers_are_sent_the_warnings_of_what_was_imported_here(start):
     """scikit-learn pickles the filters for each; whoever unpickles one imports its package, torch say."""
-    kernel = forked("import warnings\nclass Own(UserWarning): pass\nwarnings.simplefilter('ignore', Own)")
+    kernel = start(thing="import warnings\nclass Own(UserWarning): pass\nwarnings.simplefilter('ignore', Own)")
     sent = (
         "import pickle, warnings; sent = pickle.dumps(warnings.filters); b'thing' in sent, b'torch' in sent, b'IPython' in sent"
     )
@@ -105,7 +78,7 @@ def test_workers_are_sent_the_warnings_of_what_was_imported_here(forked):
     assert value(kernel, f"import thing; {sent}") == (True, False, True)
 
 
-def test_a_file_of_settings_that_a_package_reads_where_it_is_imported(environment, own_specs, monkeypatch, tmp_path):  # noqa: F811
+def test_a_file_of_settings_that_a_package_reads_where_it_is_imported(environment, own_specs, monkeypatch, tmp_path):
     """A stand-in for matplotlib: in the notebook's folder, and the user's."""
     monkeypatch.setenv("NBCACHE_PRELOAD", "matplotlib")
     (tmp_path / "settings").mkdir()

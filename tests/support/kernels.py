@@ -6,6 +6,7 @@ They inherit this process's environment, and so the test's runtime directory.
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextlib
 import json
@@ -330,3 +331,8 @@ def same(weights, path, dtype=None):
     return list(weights) == list(cast) and all(alike)
 """
 """What an interpreter runs that is to hold weights against their file: ``same(weights, path, dtype)``."""
+
+
+def value(kernel: Kernel, code: str) -> Any:
+    """What a cell ends with, a literal."""
+    return ast.literal_eval(kernel.run(code))

@@ -37,6 +37,11 @@ def write_specs(folder: Path) -> Path:
     return folder
 
 
+def installed(site: Path, name: str, source: str) -> None:
+    """Put a module into a folder of installed packages."""
+    (site / f"{name}.py").write_text(source)
+
+
 @contextmanager
 def zygote_environment(folder: Path, **settings: str) -> Iterator[dict[str, str]]:
     """The environment whose kernels meet a zygote of the test's own. Every process of it is gone at the end."""
