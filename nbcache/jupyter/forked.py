@@ -156,12 +156,11 @@ def inherit(request: handover.Request) -> None:
                 set_stack_of_threads(limits[0])
     if os.getpriority(os.PRIO_PROCESS, 0) != request.nice:
         os.setpriority(os.PRIO_PROCESS, 0, request.nice)
+    ignored = {*request.ignored, signal.SIGINT}  # an interrupt is for a cell: ipykernel takes it while it handles a message
     for number in range(1, signal.NSIG):
         if number not in (signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGXFSZ):
             with contextlib.suppress(OSError, ValueError):  # those that the C library keeps for itself
-                signal.signal(number, signal.SIG_IGN if number in request.ignored else signal.SIG_DFL)
-    if signal.SIGINT not in request.ignored:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+                signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, request.blocked)
     os.environ.clear()
     os.environb.update(request.environment)

@@ -57,8 +57,8 @@ class StandIn:
     Notes
     -----
     Signals come at any time: until there is a kernel they wait, then they go to its process group, by way of the zygote while
-    that lives, which cannot hit a stranger that got the kernel's number. An interrupt is for a cell: before the kernel serves
-    there is none, and it would end the kernel.
+    that lives, which cannot hit a stranger that got the kernel's number. An interrupt is for a cell: before there is a kernel
+    there is none, and a kernel ignores it until it has one.
     """
 
     def __init__(self, flags: list[str], arguments: list[str]) -> None:
@@ -148,9 +148,8 @@ class StandIn:
         return 0 if self._serving else 1 << 8
 
     def _pass_on(self, number: int, _frame: object) -> None:
-        if number == signal.SIGINT and not self._serving:
-            return
-        self._signals.append(number)
+        if number != signal.SIGINT:
+            self._signals.append(number)
         if self._kernel:
             self._deliver(number)
 

@@ -290,12 +290,12 @@ class Nursery:
         if not packet:
             self._selector.unregister(child.job)
             return
-        if packet == handover.SERVING:
-            child.serving = True
-            self._fork_spare()
         for visitor in self._visitors:
             if visitor.kernel is child:
                 visitor.say(packet)
+        if packet == handover.SERVING:
+            child.serving = True
+            self._fork_spare()
 
     def _bury(self, child: Child) -> None:
         """A child has ended."""

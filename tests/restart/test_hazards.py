@@ -69,6 +69,15 @@ def test_an_interrupt_before_there_is_a_cell_is_for_nobody(kernel):
         assert is_forked(kernel)
 
 
+def test_an_interrupt_is_not_lost_while_the_zygote_is_busy(start):
+    kernel = start(slow="import os, time\nos.register_at_fork(after_in_parent=lambda: time.sleep(1))")
+    for _ in range(2):
+        cell = begin_and_wait(kernel, SLEEP)  # the zygote forks the next process meanwhile
+        kernel.interrupt()
+        assert kernel.finish(cell).error.startswith("KeyboardInterrupt")
+        kernel.restart()
+
+
 STARTS_A_PROGRAM = """
 import subprocess
 program = subprocess.Popen(["sleep", "600"])
