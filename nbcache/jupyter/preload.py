@@ -33,7 +33,7 @@ KERNEL_MODULES = (
     "ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "ipykernel.debugger", "ipykernel.pickleutil",
     "ipykernel.datapub", "ipykernel.embed", "ipykernel.comm", "ipykernel.subshell", "ipykernel_launcher",
     "IPython.core.magics", "IPython.core.completerlib", "IPython.core.debugger", "IPython.core.interactiveshell",
-    "IPython.lib.display", "IPython.extensions.storemagic", "matplotlib_inline.config",
+    "IPython.lib.display", "IPython.extensions.storemagic",
     "debugpy", "debugpy.server.api", "comm", "psutil", "jedi", "runpy", "sqlite3", "tempfile", "uuid", "zmq.utils.garbage",
     "nbcache.jupyter.magics", "nbcache.jupyter.forked",
 )  # fmt: skip
@@ -53,6 +53,8 @@ HARMLESS_THREADS = frozenset({"jemalloc_bg_thd"})
 """Threads by the name that the kernel shows, of libraries that do without them after a fork: jemalloc, which pyarrow brings."""
 SHELL_PACKAGES = frozenset({"", "__main__", "IPython", "ipykernel", "nbcache"})
 """Packages whose modules may ask for IPython's shell when they are imported, and need no answer: they are a kernel's own."""
+SHELL_USERS = frozenset({"matplotlib_inline"})
+"""Packages that change others when they find a shell: they are told that there is none, and a kernel executes them anew."""
 MAX_BROKEN_MODULES = 2
 """Of a package; with one more, the package is deferred as a whole."""
 
@@ -164,6 +166,9 @@ def asking_for_the_shell(found: set[str]) -> Iterator[None]:
     def stand_in(name: str) -> object:
         if name.partition(".")[0] in SHELL_PACKAGES:
             return None
+        if name.partition(".")[0] in SHELL_USERS:
+            found.add(name)
+            return None
         shell = _Shell(partial(found.add, name))
         given.append((name, weakref.ref(shell)))
         return shell
@@ -237,7 +242,7 @@ def _set_as_kernels_do() -> None:
 def _import_kernel_module(name: str) -> None:
     try:
         importlib.import_module(name)
-    except ImportError:
+    except Exception:  # most likely it is not installed
         if name in ("ipykernel.kernelapp", "nbcache.jupyter.forked"):
             raise
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.kernels import Kernel, value
-from tests.support.zygotes import installed, is_forked
+from tests.support.zygotes import installed, is_forked, start_zygote
 
 
 def said(kernel: Kernel, code: str) -> str:
@@ -363,3 +363,34 @@ len(found) == len(names), len(set(found)) == 7, float(torch.from_numpy(numpy.one
         assert value(kernel, code) == (True, True, 4.0)
         kernel.restart()
         assert is_forked(kernel)
+
+
+DRAWS = """
+import matplotlib.pyplot as plt, sys
+drawn = plt.plot([1, 2], [3, 4])
+"""
+SHOWS = """
+import matplotlib
+shell = get_ipython()
+inline = sys.modules["matplotlib_inline.config"].InlineBackend.instance()
+print(matplotlib.get_backend(), inline.shell is shell, shell.configurables.count(inline), matplotlib.is_interactive(),
+      sorted(getattr(f, "__name__", "") for f in shell.events.callbacks["post_execute"]), plt.get_fignums())
+"""
+
+
+@pytest.mark.parametrize("imported", ["matplotlib.pyplot", "matplotlib.pyplot,matplotlib_inline.backend_inline"])
+def test_figures_are_drawn_as_in_an_ordinary_kernel(environment, own_specs, monkeypatch, imported):
+    """The inline backend wants the shell itself when it is imported."""
+    monkeypatch.setenv("NBCACHE_PRELOAD", imported)
+    start_zygote(own_specs)
+    found = []
+    for spec in ("nbcache", "ordinary"):
+        with Kernel(spec, own_specs) as kernel:
+            assert is_forked(kernel) is (spec == "nbcache")
+            for _ in range(2):
+                outcome = kernel.try_run(DRAWS)
+                assert not outcome.error, outcome.error
+                found.append(([sorted(shown) for shown in outcome.displays], kernel.try_run(SHOWS).stdout))
+                kernel.restart()
+    assert found[0][0] == [["image/png", "text/plain"]]
+    assert found.count(found[0]) == 4, found
