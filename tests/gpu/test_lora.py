@@ -169,9 +169,9 @@ def test_padded_and_compiled_swaps_compile_nothing_again(kernel, base, paths):
     ids=["sequential", "model", "leaves with a stream", "blocks with a stream"],
 )
 def test_offloaded_pipelines_take_loras_as_stock(kernel, paths, offload):
-    kernel.run("from tests.support.offloading import offload_in_groups; on_cpu = torch.empty(0)")
+    kernel.run("from tests.support.offloading import offload_in_groups; on_gpu = torch.empty(0, device='cuda')")
     kernel.run(f"def made():\n    pipe = flux(heads=16)\n    {offload}\n    return pipe")
-    kernel.run("def compute(pipe): return [flux_output(pipe.transformer, like=on_cpu).cpu()]")
+    kernel.run("def compute(pipe): return [flux_output(pipe.transformer, like=on_gpu).cpu()]")
     kernel.run("pipe = made(); before = compute(pipe); None")
     for path in (paths[0], paths[3], paths[1], paths[4]):
         kernel.run(f"nbcache.load_lora(pipe, {path!r}); other = stock(made(), {path!r})")
