@@ -117,7 +117,7 @@ class Device:
             if share == "readonly":
                 return _Made(self._views.plain(slab, layout), 0, slab)
             copies = self._views.private(slab, layout, self._queue, self._driver.allocation)
-            return _Made(copies, sum(tensor.nbytes for tensor in copies.values()), slab)
+            return _Made(copies, layout.nbytes, slab)
 
     def _queue(self, target: int, source: int, size_bytes: int) -> None:
         """Queue a copy on the stream."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from operator import attrgetter
 from typing import Any
@@ -29,10 +29,10 @@ Queue = Callable[[int, int, int], None]
 """Queues a copy of so many bytes, from the second address to the first."""
 Allocation = Callable[[int], tuple[int, int]]
 """Where the memory that an address lies in begins and ends; torch's segments may lie side by side."""
-BEGIN_BYTES = 2048 * MIB
+BEGIN_BYTES = 4096 * MIB
 """Memory that is asked for first: to copy so much takes longer than to ask for the rest."""
-RUN_BYTES = 256 * MIB
-"""Tensors of about so many bytes are queued as one copy, so that the device need not wait for the last of them."""
+FIRST_RUN_BYTES, LAST_RUN_BYTES = 64 * MIB, 1024 * MIB
+"""What is queued at once: little at first, so that the device begins soon, then twice as much each time."""
 
 
 class SlabMap:
@@ -138,19 +138,17 @@ def private_tensors(
     _reserve(begin, device)
     waiting -= begin
     dtypes = edge.dtypes_of(manifest)
-    runs = _Runs(queue, allocation, ALIGNMENT if is_cuda else 1)
+    copies = _Copies(queue, allocation, ALIGNMENT if is_cuda else 1)
     found: dict[str, torch.Tensor] = {}
     placed = 0
-    for extent in _large_first(manifest):
-        if waiting and placed > begin * 3 // 4:
+    for run, nbytes in _runs(_large_first(manifest)):
+        placed += nbytes
+        if waiting and placed > begin:
             _reserve(waiting, device)
             waiting = 0
-        stored, strides = _stored(extent.dtype, extent.shape)
-        found[extent.name] = tensor = torch.empty_strided(stored, strides, dtype=dtypes[extent.dtype], device=device)
-        if extent.nbytes:
-            runs.add(tensor.data_ptr(), slab.address + extent.place, extent.nbytes)
-            placed += extent.nbytes
-    runs.end()
+        tensors = [torch.empty_strided(*_stored(e.dtype, e.shape), dtype=dtypes[e.dtype], device=device) for e in run]
+        copies.add(run, [tensor.data_ptr() for tensor in tensors], slab.address)
+        found.update(zip([extent.name for extent in run], tensors, strict=True))
     return {extent.name: found[extent.name] for extent in manifest.tensors}  # in file order again
 
 
@@ -176,8 +174,22 @@ def _large_first(manifest: Manifest) -> list[Extent]:
     return [extent for extent in extents if extent.nbytes > SMALL_LIMIT] + small
 
 
-class _Runs:
-    """Copies, of which those that lie side by side in both places become one, in one allocation.
+def _runs(extents: Sequence[Extent]) -> Iterator[tuple[list[Extent], int]]:
+    """The tensors that are made and queued together, and how many bytes they are."""
+    run: list[Extent] = []
+    nbytes, limit = 0, FIRST_RUN_BYTES
+    for extent in extents:
+        run.append(extent)
+        nbytes += extent.nbytes
+        if nbytes >= limit:
+            yield run, nbytes
+            run, nbytes, limit = [], 0, min(2 * limit, LAST_RUN_BYTES)
+    if run:
+        yield run, nbytes
+
+
+class _Copies:
+    """Queues copies out of a slab; of tensors that lie side by side in both places, in one allocation, as one.
 
     ``rounding`` is what a tensor's memory is rounded up to: those bytes may be written.
     """
@@ -187,29 +199,23 @@ class _Runs:
         self._allocation = allocation
         self._rounding = rounding
         self._start = self._end = 0  # the allocation last seen
-        self._target = self._source = self._size = 0
 
-    def add(self, target: int, source: int, size: int) -> None:
-        """Copy this too, by and by."""
-        offset = target - self._target
-        is_next = offset == round_up(self._size, self._rounding) and offset == source - self._source
-        if is_next and offset < RUN_BYTES and self._holds(self._target, target):
-            self._size = offset + size
-        else:
-            self.end()
-            self._target, self._source, self._size = target, source, size
-
-    def _holds(self, one: int, other: int) -> bool:
-        """Whether one allocation holds both, of which the second is a tensor's."""
-        if not self._start <= one < self._end:
-            self._start, self._end = self._allocation(one)
-        return other < self._end
-
-    def end(self) -> None:
-        """Queue what is yet to be queued."""
-        if self._size:
-            self._queue(self._target, self._source, self._size)
-            self._size = 0
+    def add(self, extents: Sequence[Extent], targets: Sequence[int], source: int) -> None:
+        """Copy these tensors of the slab that begins at ``source`` to their targets."""
+        target = place = size = 0  # what is yet to be queued
+        for extent, to in zip(extents, targets, strict=True):
+            offset = to - target
+            is_next = size and offset == round_up(size, self._rounding) and offset == extent.place - place
+            if is_next and to < self._end:
+                size = offset + extent.nbytes
+            elif extent.nbytes:
+                if size:
+                    self._queue(target, source + place, size)
+                target, place, size = to, extent.place, extent.nbytes
+                if not self._start <= to < self._end:
+                    self._start, self._end = self._allocation(to)
+        if size:
+            self._queue(target, source + place, size)
 
 
 class _CudaArray:

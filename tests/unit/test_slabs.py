@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbcache.client import slabs
-from nbcache.client.slabs import _Runs
+from nbcache.client.slabs import _Copies, _runs
 from nbcache.layout import round_up
+from nbcache.manifest import Extent
 
 ROUNDING = 8
 PLACES = st.lists(st.tuples(st.integers(1, 20), st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=30)
@@ -16,6 +17,10 @@ PLACES = st.lists(st.tuples(st.integers(1, 20), st.integers(0, 2), st.integers(0
 
 
 EVERYWHERE = (0, 1 << 40)
+
+
+def extent(place: int, nbytes: int) -> Extent:
+    return Extent(f"at {place}", "U8", (nbytes,), 0, 0, nbytes, place)
 
 
 @given(PLACES, st.sampled_from([1, ROUNDING]), st.sets(st.integers(0, 60), max_size=8))
@@ -40,10 +45,9 @@ def test_all_is_copied_and_nothing_else_is_written(
         assert to + size <= allocation(to)[1]
         written[to : to + size] = memory[start : start + size]
 
-    runs = _Runs(copy, allocation, rounding)
-    for (size, *_), to, start in zip(places, targets, sources, strict=True):
-        runs.add(to, start, size)
-    runs.end()
+    _Copies(copy, allocation, rounding).add(
+        [extent(at, size) for at, (size, *_) in zip(sources, places, strict=True)], targets, 0
+    )
     own = set()
     for (size, *_), to, start in zip(places, targets, sources, strict=True):
         assert written[to : to + size] == memory[start : start + size]
@@ -51,12 +55,21 @@ def test_all_is_copied_and_nothing_else_is_written(
     assert not any(written[at] for at in range(len(written)) if at not in own)
 
 
-def test_what_lies_side_by_side_is_one_copy_up_to_a_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slabs, "RUN_BYTES", 64)
+def test_what_lies_side_by_side_is_one_copy() -> None:
     queued: list[tuple[int, int, int]] = []
-    runs = _Runs(lambda *copy: queued.append(copy), lambda _: EVERYWHERE, ROUNDING)
-    for number in range(10):
-        runs.add(1000 + number * 16, 5000 + number * 16, 13)
-    runs.add(4000, 9000, 5)
-    runs.end()
-    assert queued == [(1000, 5000, 61), (1064, 5064, 61), (1128, 5128, 29), (4000, 9000, 5)]
+    extents = [extent(number * 16, 13) for number in range(4)] + [extent(0, 0), extent(800, 5)]
+    copies = _Copies(lambda *copy: queued.append(copy), lambda _: EVERYWHERE, ROUNDING)
+    copies.add(extents, [*(1000 + e.place for e in extents[:4]), 0, 4000], 5000)
+    assert queued == [(1000, 5000, 61), (4000, 5800, 5)]
+    copies.add(extents[:2], [2000, 3000], 5000)
+    assert queued[2:] == [(2000, 5000, 13), (3000, 5016, 13)]
+
+
+def test_tensors_are_queued_few_at_first_and_then_more_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slabs, "FIRST_RUN_BYTES", 10)
+    monkeypatch.setattr(slabs, "LAST_RUN_BYTES", 30)
+    extents = [extent(number * 4, 4) for number in range(27)]
+    runs = list(_runs(extents))
+    assert [(len(run), nbytes) for run, nbytes in runs] == [(3, 12), (5, 20), (8, 32), (8, 32), (3, 12)]
+    assert [each for run, _ in runs for each in run] == extents
+    assert not list(_runs([]))
