@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ WHAT = "loading a transformers model"
 ADAPTER_CONFIG = "adapter_config.json"
 IN_LINE = "HF_DEACTIVATE_ASYNC_LOAD"
 """The library's variable for: no threads."""
+NAMELESS = "the model checkpoint at None"
+"""How the library's messages name a model that it is given the tensors of."""
 
 
 def model_class(folder: str) -> type[Any]:
@@ -180,8 +183,17 @@ def _reported_as(library: Any, name: str) -> Iterator[None]:  # noqa: ANN401
     """What the library tells of keys that are missing or left over names what they are of."""
     module = library.modeling_utils
     stock = getattr(module, "log_state_dict_report", None)
-    if stock is None:
-        yield
+    if stock is None:  # before 5.0
+
+        def named(record: logging.LogRecord) -> bool:
+            record.msg = str(record.msg).replace(NAMELESS, f"the model checkpoint at {name}")
+            return True
+
+        module.logger.addFilter(named)
+        try:
+            yield
+        finally:
+            module.logger.removeFilter(named)
         return
 
     def report(**details: Any) -> Any:  # noqa: ANN401

@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import gguf
@@ -350,7 +351,10 @@ def test_a_model_of_diffusers_runs_on_them_uncopied_and_as_the_stock_one(runtime
     def run(model: torch.nn.Module) -> torch.Tensor:
         image, text = torch.ones(1, 16, 32), torch.ones(1, 3, 32)
         mask, steps = torch.ones(1, 3, dtype=torch.long), torch.tensor([1.0])
-        return model(image, text, encoder_hidden_states_mask=mask, timestep=steps, img_shapes=[[(1, 4, 4)]]).sample
+        inputs = {"encoder_hidden_states_mask": mask, "timestep": steps, "img_shapes": [[(1, 4, 4)]]}
+        if metadata.version("diffusers") < "0.36":
+            inputs["txt_seq_lens"] = [3]
+        return model(image, text, **inputs).sample
 
     stock, ours = build(str(path)), build(gguf_parameters(weights))
     assert all(parameter.data_ptr() == weights[name].data_ptr() for name, parameter in ours.named_parameters())

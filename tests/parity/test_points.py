@@ -32,7 +32,7 @@ def test_every_name_of_the_table_is_where_it_says(libraries):
         "transformers.modeling_utils.logger",
         "diffusers.loaders.ip_adapter.safe_open",
     ]
-    assert len(all_strange) > 10
+    assert len(all_strange) >= 10
 
 
 def test_a_new_import_in_a_package_is_seen(tmp_path):
