@@ -352,7 +352,7 @@ def _inject(host: Host, rack: Rack, adapter: str, lora: Lora, scale: float, entr
     state, arenas = _room(host, lora, held.plan if held and not held.replaces else None)
     for why in lora_inject.pad_as_needed(host, lora):
         notify(LoraReinjected, f"{lora.source}: {why}")  # before anything is changed: a warning may be an error
-    with _undisturbed():
+    with _undisturbed(), lora_inject.training_kept(host, rack.adapters):
         if held is not None:
             _take_out(host, rack, [adapter])
             for part in held.plan.parts:

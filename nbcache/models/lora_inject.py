@@ -178,10 +178,8 @@ def adapters_in(host: Host) -> set[str]:
 
 def active_in(host: Host) -> list[str]:
     """The adapters that take part, in the order of the first layer that says so."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = (m for model in host.components.values() for m in model.modules() if isinstance(m, BaseTunerLayer))
-    return list(dict.fromkeys(name for layer in layers for name in layer.active_adapters if name in adapters_in(host)))
+    present = adapters_in(host)
+    return list(dict.fromkeys(name for layer in _layers(host) for name in layer.active_adapters if name in present))
 
 
 def check_unfused(host: Host) -> None:
@@ -226,17 +224,29 @@ def pad_as_needed(host: Host, lora: Lora) -> Iterator[str]:
 
 def activate(host: Host, adapters: Sequence[str], ours: Container[str]) -> None:
     """Let these adapters, and no others, take part; ``ours`` frozen, others trained or not as they were."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for model in host.components.values():
-        for module in model.modules():
-            if isinstance(module, BaseTunerLayer):
-                trained = _trained(module, ours)
-                module.set_adapter(list(adapters), inference_mode=True)
-                for parameter in trained:
-                    parameter.requires_grad_(True)
+    with training_kept(host, ours):
+        for layer in _layers(host):
+            layer.set_adapter(list(adapters), inference_mode=True)
     if hasattr(host.pipe, "get_base_model") and hasattr(host.pipe, "base_model"):
         host.pipe.base_model.active_adapter = list(adapters)
+
+
+@contextlib.contextmanager
+def training_kept(host: Host, ours: Container[str]) -> Iterator[None]:
+    """Adapters of others than us that are trained are so afterwards, too: to put one in or switch it on freezes the others."""
+    trained = [parameter for layer in _layers(host) for parameter in _trained(layer, ours)]
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _layers(host: Host) -> list[Any]:
+    """Peft's layers in all components."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for model in host.components.values() for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def _trained(layer: Any, ours: Container[str]) -> list[torch.Tensor]:  # noqa: ANN401 - peft's

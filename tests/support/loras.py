@@ -173,7 +173,8 @@ class Writer:
             targets = [
                 k.removeprefix(f"{component}.").removesuffix(".lora_A.weight") for k in state if k.endswith("lora_A.weight")
             ]
-            config |= {f"{component}.r": rank, f"{component}.lora_alpha": alpha, f"{component}.target_modules": targets}
+            settings = {"r": rank, "lora_alpha": alpha, "rank_pattern": {}, "alpha_pattern": {}, "target_modules": targets}
+            config |= {f"{component}.{setting}": value for setting, value in settings.items()}
         return self.save(name, state, {"lora_adapter_metadata": json.dumps(config)})
 
     def kohya_flux(self, name: str, pipe: Any, rank: int = 4, alpha: float = 2.0) -> str:

@@ -43,7 +43,11 @@ def pretend_streams(monkeypatch: Any) -> None:
         tensor.data = source.clone()
 
     monkeypatch.setattr(kind, "__init__", made)
-    monkeypatch.setattr(kind, "_to_cpu", staticmethod(lambda tensor, low: tensor.data if low else tensor.data.clone()))
+    if hasattr(kind, "_to_cpu"):
+        monkeypatch.setattr(kind, "_to_cpu", staticmethod(lambda tensor, low: tensor.data if low else tensor.data.clone()))
+    else:  # before diffusers 0.38
+        monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cuda"))
     monkeypatch.setattr(kind, "_pinned_memory_tensors", pinned)
     monkeypatch.setattr(kind, "_transfer_tensor_to_device", transfer)
 
