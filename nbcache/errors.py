@@ -83,7 +83,7 @@ class ModelMismatch(CheckpointError):
 
 
 class PackageMissing(NBCacheError):
-    """An optional package is needed and not installed."""
+    """An optional package is needed and not installed, or too old."""
 
 
 class HubError(NBCacheError):

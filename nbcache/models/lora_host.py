@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbcache.errors import InvalidOption, LoraError
+from nbcache.errors import InvalidOption
 from nbcache.models.lora_convert import Family
+from nbcache.models.packages import LEAST_FOR_LORAS, require
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,8 @@ class Host:
 
 
 def host_of(pipe: object) -> Host:
-    """What a pipeline or model has for LoRAs to go into. InvalidOption for anything else; LoraError without peft."""
-    try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise LoraError("LoRAs need peft: pip install peft") from error
+    """What a pipeline or model has for LoRAs to go into. InvalidOption for anything else; PackageMissing without peft."""
+    require("peft", "a LoRA")
     if isinstance(pipe, nn.Module):
         model, is_compiled = _unwrapped(pipe)
         if next(model.parameters(), None) is None:
@@ -57,6 +55,7 @@ def host_of(pipe: object) -> Host:
     if not names or not hasattr(pipe, "load_lora_weights") or isinstance(pipe, type):
         what = f"the class {pipe.__name__}" if isinstance(pipe, type) else f"a {type(pipe).__name__}"
         raise InvalidOption(f"{what} takes no LoRAs: give a pipeline of diffusers that does, or a model")
+    require("diffusers", "a pipeline's LoRA", LEAST_FOR_LORAS)
     found = {name: getattr(pipe, name, None) for name in names}
     unwrapped = {name: _unwrapped(model) for name, model in found.items() if isinstance(model, nn.Module)}
     components = {name: model for name, (model, _) in unwrapped.items()}

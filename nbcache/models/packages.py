@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import re
 import threading
 from collections.abc import Iterator
 from types import ModuleType
@@ -16,6 +17,7 @@ EXTRAS = {
     "diffusers": "diffusers",
     "accelerate": "transformers",
     "transformers": "transformers",
+    "peft": "lora",
     "gguf": "gguf",
     "huggingface_hub": "hub",
     "sentencepiece": "diffusers",
@@ -24,16 +26,35 @@ EXTRAS = {
 }
 """Which extra of nbcache brings a package."""
 
+LEAST = {"diffusers": "0.35", "transformers": "4.56", "accelerate": "1.0", "peft": "0.18"}
+"""The lowest versions that work, as nbcache's extras ask for them."""
+LEAST_FOR_LORAS = "0.36"
+"""Of diffusers, whose converters are newer than the rest."""
+
 building = threading.RLock()
 """Held while a model is built: libraries set torch's default dtype and patch its modules for the time of it."""
 
 
-def require(package: str, for_what: str) -> ModuleType:
-    """Import an optional package. PackageMissing if it, or one that it needs, is not installed."""
+def require(package: str, for_what: str, least: str = "") -> ModuleType:
+    """Import an optional package. PackageMissing if it, or one that it needs, is not installed, or it is too old.
+
+    ``least`` is the version that is wanted, where it is another than that of ``LEAST``.
+    """
     try:
-        return importlib.import_module(package)
+        module = importlib.import_module(package)
     except ImportError as error:
         raise missing(error.name or package, for_what) from error
+    least = least or LEAST.get(package, "")
+    if least and release(module.__version__) < release(least):
+        raise PackageMissing(
+            f"{for_what} needs {package} {least} or newer; {module.__version__} is installed: pip install -U {package}"
+        )
+    return module
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def missing(package: str, for_what: str) -> PackageMissing:
@@ -45,9 +66,8 @@ def missing(package: str, for_what: str) -> PackageMissing:
 
 def dtype_word(library: ModuleType) -> str:
     """What ``from_pretrained`` calls a dtype: the older word warns in transformers from 4.56 on, in diffusers from 0.40."""
-    since = {"transformers": (4, 56), "diffusers": (0, 40)}[library.__name__]
-    major, minor = (int(part) for part in library.__version__.split(".")[:2])
-    return "dtype" if (major, minor) >= since else "torch_dtype"
+    since = {"transformers": "4.56", "diffusers": "0.40"}[library.__name__]
+    return "dtype" if release(library.__version__) >= release(since) else "torch_dtype"
 
 
 def class_of(module: ModuleType, name: str, where: str) -> type[Any]:

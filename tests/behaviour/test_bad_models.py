@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ from nbcache.errors import (
     InvalidOption,
     ModelMismatch,
     ModelUnknown,
+    PackageMissing,
     UnsupportedFormat,
 )
+from nbcache.models import packages
 from tests.parity.harness import library_noise
 from tests.support.models import SUBJECTS
 
@@ -168,6 +171,26 @@ def test_options_that_do_not_exist(runtime_dir, pipeline, bert):
         load(pipeline, components="scheduler", raw=True)
     with pytest.raises(UnsupportedFormat, match="a pipeline, of several checkpoints"):
         nbcache.load(pipeline, device="cpu")
+
+
+def test_a_package_that_is_too_old_is_named_with_the_command(runtime_dir, written, monkeypatch):
+    import diffusers
+    import peft
+
+    monkeypatch.setattr(peft, "__version__", "0.17.1")
+    with pytest.raises(PackageMissing, match=r"a LoRA needs peft 0\.18 or newer; 0\.17\.1 is installed: pip install -U peft"):
+        nbcache.load_lora(torch.nn.Linear(2, 2), "any")
+    monkeypatch.setattr(diffusers, "__version__", "0.34.2.dev0")
+    with pytest.raises(PackageMissing, match=r"needs diffusers 0\.35 or newer; 0\.34\.2\.dev0 is installed"):
+        load(written / "sd")
+
+
+def test_the_lowest_versions_are_those_that_the_extras_ask_for():
+    project = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for package, least in packages.LEAST.items():
+        assert any(f"{package}>={least}" in extras[extra] for extra in ("diffusers", "transformers", "lora")), package
+    assert f"diffusers>={packages.LEAST_FOR_LORAS}" in extras["lora"]
 
 
 MISSING = """
