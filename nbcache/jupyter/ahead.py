@@ -32,12 +32,15 @@ class Notes:
     effects : what each has changed in the whole process
     read : the variables of the environment that each has read, and what it found
     imported : the packages that each has imported, or that came while it was executed
+    registering : those that have registered operators with torch
+    environment : the variables as they were before
     """
 
     def __init__(self) -> None:
         self.effects = Effects()
         self.read: Reads = {}
         self.imported: dict[str, set[str]] = {}
+        self.registering: set[str] = set()
         self.environment = dict(os.environ)
 
     @contextlib.contextmanager
@@ -76,7 +79,7 @@ class Ahead:
     ----------
     modules : their names by unit, in the order of their import; a unit is a package, or one module of nbcache's own
     needs : by unit, the others that it has imported, or whose objects its modules hold
-    solid : the units that cannot be imported twice, as they have compiled modules, and what those need
+    solid : the units that cannot be imported twice, as they have compiled modules or operators of torch's, and what those need
     effects : what each package has changed in the whole process
     loggers : by unit, as imports have left them
 
@@ -96,7 +99,8 @@ class Ahead:
             unit: ((_held(names) | notes.imported.get(unit, set())) & self.modules.keys()) - {unit}
             for unit, names in self.modules.items()
         }
-        solid = [unit for unit, names in self.modules.items() if any(map(_is_solid, names))]
+        registering = notes.registering
+        solid = [unit for unit, names in self.modules.items() if unit in registering or any(map(_is_compiled, names))]
         self.solid = _reachable(solid, self.needs)
         self.effects = notes.effects
         self.loggers: dict[str, list[LoggerState]] = {}
@@ -105,6 +109,8 @@ class Ahead:
                 state = LoggerState(logger, list(logger.handlers), logger.level, logger.propagate)
                 self.loggers.setdefault(unit_of(name), []).append(state)
         self._notes = notes
+        was = notes.environment
+        self._set_by_packages = {name: value for name, value in os.environ.items() if was.get(name) != value}
         self._seconds = by_package(seconds)
         self._needed_by: dict[str, set[str]] = {}
         for unit, needs in self.needs.items():
@@ -119,14 +125,19 @@ class Ahead:
         return top_level(self.modules) - {OWN}
 
     def changed_variables(self, unit: str, environment: Mapping[str, str]) -> list[str]:
-        """The variables that a unit has read when it was imported, and that were something else then."""
-        read = self._notes.read.get(unit, {})
-        found = [name for name, value in read.items() if environment.get(name) != value]
+        """The variables that a unit has read when it was imported, and that were something else then.
+
+        Not those that are what a package had set them to, which it may do before another reads them, or after.
+        """
+        known = dict(self._notes.read.get(unit, {}))
         for beginnings in (begin for begin, packages in READ_UNSEEN.items() if unit in packages):
-            known = self._notes.environment
-            names = [name for name in (*environment, *known) if name.startswith(beginnings)]
-            found += [name for name in names if environment.get(name) != known.get(name)]
-        return sorted(set(found))
+            names = [name for name in (*environment, *self._notes.environment) if name.startswith(beginnings)]
+            known |= {name: self._notes.environment.get(name) for name in names}
+        return sorted(
+            name
+            for name, value in known.items()
+            if (now := environment.get(name)) != value and (now is None or now != self._set_by_packages.get(name))
+        )
 
     def has_changed(self, unit: str) -> bool:
         """Whether a unit's file is not what was imported."""
@@ -190,13 +201,10 @@ def _held(names: Iterable[str]) -> set[str]:
     return {unit_of(origin) for origin in origins if isinstance(origin, str)}
 
 
-def _is_solid(name: str) -> bool:
-    """Whether a module is compiled, or has registered operators with torch, which does not take them twice."""
+def _is_compiled(name: str) -> bool:
     own = attributes(sys.modules[name])
-    if str(own.get("__file__") or "").endswith(".so"):
-        return own.get("__name__") == name  # or it is another package's, by an alias
-    kinds = {(kind.__module__, kind.__name__) for kind in map(type, list(own.values()))}
-    return ("torch.library", "Library") in kinds
+    is_library = str(own.get("__file__") or "").endswith(".so")
+    return is_library and own.get("__name__") == name  # or it is another package's, by an alias
 
 
 def _file_of(unit: str) -> object:

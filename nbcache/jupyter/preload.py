@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Self
 from nbcache.jupyter.ahead import Ahead, Notes
 from nbcache.jupyter.experience import SLOW_S, Experience, by_package
 from nbcache.jupyter.installed import InstalledOnly, installed_folders, mapped_math_libraries, top_level
-from nbcache.jupyter.traces import noting_folders, noting_generators, noting_imports, noting_reads
+from nbcache.jupyter.traces import noting_folders, noting_generators, noting_imports, noting_operators, noting_reads
 
 KERNEL_MODULES = (
     "ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "ipykernel.debugger", "ipykernel.pickleutil",
@@ -114,7 +114,9 @@ def preload(
         _set_as_kernels_do()
         watch.begin()
         visible = set(sys.modules)
-        with noting_reads(watch.notes.read), noting_imports(watch.notes.imported):
+        with contextlib.ExitStack() as noting:
+            noting.enter_context(noting_reads(watch.notes.read))
+            noting.enter_context(noting_imports(watch.notes.imported))
             for name in ("torch", *names):
                 if name in sys.modules:
                     continue
@@ -123,6 +125,8 @@ def preload(
                 if seconds is not None:
                     done.seconds[name] = seconds
                     after_each(name)
+                    if name == "torch":
+                        noting.enter_context(noting_operators(watch.notes.registering))
             if "torch" in sys.modules:
                 importlib.import_module("nbcache.client.api").prepare()
     if watch.refused:

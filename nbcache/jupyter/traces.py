@@ -18,6 +18,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import Any
 
 _generators: list[weakref.ref[random.Random]] = []
@@ -119,6 +120,25 @@ def noting_reads(found: Reads) -> Iterator[None]:
         yield
     finally:
         kind.__getitem__, kind.__iter__ = stock_get, stock_iterate
+
+
+@contextlib.contextmanager
+def noting_operators(found: set[str]) -> Iterator[None]:
+    """Note the packages that register operators with torch meanwhile, but for custom ones: it does not take them twice."""
+    kind: Any = sys.modules["torch"].library.Library
+    stock = kind.__init__
+
+    @wraps(stock)
+    def noting(self: object, *arguments: Any, **options: Any) -> None:  # noqa: ANN401
+        if sys._getframe(1).f_globals.get("__name__") != "torch._library.custom_ops":
+            found.update(_asking())
+        stock(self, *arguments, **options)
+
+    kind.__init__ = noting
+    try:
+        yield
+    finally:
+        kind.__init__ = stock
 
 
 def _asking() -> set[str]:

@@ -365,6 +365,43 @@ len(found) == len(names), len(set(found)) == 7, float(torch.from_numpy(numpy.one
         assert is_forked(kernel)
 
 
+OPERATOR = """
+import os, torch
+home = os.environ.get("OPERATOR_HOME")
+torch.library.define("operators::twice", "(Tensor x) -> Tensor")
+
+@torch.library.impl("operators::twice", "CPU")
+def twice(x):
+    return 2 * x
+"""
+CUSTOM = """
+import os, torch
+home = os.environ.get("OPERATOR_HOME")
+
+@torch.library.custom_op("customs::thrice", mutates_args=())
+def thrice(x: torch.Tensor) -> torch.Tensor:
+    return 3 * x
+"""
+
+
+def test_what_has_registered_operators_with_torch_is_not_executed_twice(start):
+    kernel = start(operators=OPERATOR, customs=CUSTOM)
+    text = said(kernel, "import os; os.environ['OPERATOR_HOME'] = '/x'; import operators, customs, torch")
+    assert "SetTooLate: OPERATOR_HOME had another value when operators came to be imported" in text
+    code = "x = torch.ones(1); [operators.home, customs.home, torch.ops.operators.twice(x).item(), customs.thrice(x).item()]"
+    assert value(kernel, code) == [None, "/x", 2.0, 3.0]
+
+
+def test_a_variable_that_a_package_sets_is_no_change_for_another_that_has_read_it_before(start):
+    """As KMP_INIT_AT_FORK, which scikit-learn sets and torch's libraries read."""
+    reads = "import os\nvalue = os.environ.get('SHARED_LIMIT')"
+    kernel = start(reads=reads, sets="import os\nos.environ.setdefault('SHARED_LIMIT', '1')", again=reads)
+    assert not said(kernel, "import sets, reads, again, os")
+    assert value(kernel, "[reads.value, again.value, os.environ['SHARED_LIMIT']]") == [None, "1", "1"]
+    kernel.restart()
+    assert value(kernel, "import os; os.environ['SHARED_LIMIT'] = '2'; import reads; [reads.value]") == ["2"]
+
+
 DRAWS = """
 import matplotlib.pyplot as plt, sys
 drawn = plt.plot([1, 2], [3, 4])
