@@ -110,7 +110,7 @@ class Ahead:
                 self.loggers.setdefault(unit_of(name), []).append(state)
         self._notes = notes
         was = notes.environment
-        self._set_by_packages = {name: value for name, value in os.environ.items() if was.get(name) != value}
+        self._usual = {name: {was.get(name), value} for name, value in os.environ.items() if was.get(name) != value}
         self._seconds = by_package(seconds)
         self._needed_by: dict[str, set[str]] = {}
         for unit, needs in self.needs.items():
@@ -127,7 +127,7 @@ class Ahead:
     def changed_variables(self, unit: str, environment: Mapping[str, str]) -> list[str]:
         """The variables that a unit has read when it was imported, and that were something else then.
 
-        Not those that are what a package had set them to, which it may do before another reads them, or after.
+        What a package sets is no change: it may do so before another reads it, or after.
         """
         known = dict(self._notes.read.get(unit, {}))
         for beginnings in (begin for begin, packages in READ_UNSEEN.items() if unit in packages):
@@ -136,7 +136,7 @@ class Ahead:
         return sorted(
             name
             for name, value in known.items()
-            if (now := environment.get(name)) != value and (now is None or now != self._set_by_packages.get(name))
+            if (now := environment.get(name)) != value and not {now, value} <= self._usual.get(name, set())
         )
 
     def has_changed(self, unit: str) -> bool:

@@ -395,11 +395,15 @@ def test_what_has_registered_operators_with_torch_is_not_executed_twice(start):
 def test_a_variable_that_a_package_sets_is_no_change_for_another_that_has_read_it_before(start):
     """As KMP_INIT_AT_FORK, which scikit-learn sets and torch's libraries read."""
     reads = "import os\nvalue = os.environ.get('SHARED_LIMIT')"
-    kernel = start(reads=reads, sets="import os\nos.environ.setdefault('SHARED_LIMIT', '1')", again=reads)
-    assert not said(kernel, "import sets, reads, again, os")
-    assert value(kernel, "[reads.value, again.value, os.environ['SHARED_LIMIT']]") == [None, "1", "1"]
+    sets = "import os\nos.environ.setdefault('SHARED_LIMIT', '1')\nimport below"
+    code = f"{reads}\nimport torch\ntorch.library.Library('{{}}', 'DEF').define('f() -> int')"
+    kernel = start(reads=code.format("one"), sets=sets, below=code.format("two"))
+    assert not said(kernel, "import sets, reads, below, os")
+    assert value(kernel, "[reads.value, below.value, os.environ['SHARED_LIMIT']]") == [None, "1", "1"]
     kernel.restart()
-    assert value(kernel, "import os; os.environ['SHARED_LIMIT'] = '2'; import reads; [reads.value]") == ["2"]
+    text = said(kernel, "import os; os.environ['SHARED_LIMIT'] = '2'; import reads, below")
+    for name in ("reads", "below"):
+        assert f"SetTooLate: SHARED_LIMIT had another value when {name} came to be imported" in text
 
 
 DRAWS = """
