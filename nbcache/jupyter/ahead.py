@@ -18,7 +18,8 @@ from nbcache.jupyter.traces import Reads
 
 READ_UNSEEN: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("OMP_", "GOMP_", "KMP_", "MKL_", "DNNL_", "ONEDNN_"): ("torch",),
-    ("OMP_", "OPENBLAS_", "GOTO_", "BLIS_", "MKL_"): ("numpy", "scipy"),
+    ("OMP_", "GOMP_", "KMP_"): ("sklearn", "xgboost", "lightgbm", "faiss"),
+    ("OMP_", "OPENBLAS_", "GOTO_", "BLIS_", "MKL_"): ("numpy", "scipy", "cv2"), ("OPENCV_",): ("cv2",),
     ("TQDM_",): ("tqdm",), ("FSSPEC_",): ("fsspec",), ("NUMBA_",): ("numba",), ("NETWORKX_",): ("networkx",),
 }  # fmt: skip
 """Beginnings of the names of variables that compiled libraries read when they are loaded, or that are looked for one by one."""

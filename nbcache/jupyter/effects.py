@@ -105,7 +105,10 @@ class Entries:
             yield Change(lambda: self._put(before, after), lambda: self._put(after, before))
 
     def _put(self, old: list[Any], new: list[Any]) -> None:
-        """Do to the list what made ``new`` of ``old``: what was put or moved to the front, appended, and removed."""
+        """Do to the list what made ``new`` of ``old``: what was put or moved to the front, appended, and removed.
+
+        What was there before and after, and is gone by now, stays away.
+        """
         entries = self.read()
         if self.gently and not _all_same(entries, old):
             return
@@ -115,7 +118,8 @@ class Entries:
         same = 0
         while same < min(end, len(old)) and _same(new[end - 1 - same], old[-1 - same]):
             same += 1
-        front, back = new[: end - same], [entry for entry in new[end:] if not _is_in(entry, entries)]
+        front = [entry for entry in new[: end - same] if not _is_in(entry, old) or _is_in(entry, entries)]
+        back = [entry for entry in new[end:] if not _is_in(entry, entries)]
         gone = [entry for entry in old if not _is_in(entry, new)]
         entries[:] = [*front, *(entry for entry in entries if not _is_in(entry, front) and not _is_in(entry, gone)), *back]
 

@@ -65,7 +65,7 @@ class InstalledOnly:
                 self._check(name, spec)
                 if name in self._deferred and hasattr(spec.loader, "exec_module"):
                     spec.loader = DeferredLoader(spec.loader)
-                _execute_within(spec.loader, self._around, name)
+                execute_within(spec.loader, self._around, name)
                 return spec
         return None
 
@@ -77,7 +77,7 @@ class InstalledOnly:
                 raise ImportError(f"{name} is not installed, it lies in {place}", name=name)
 
 
-def _execute_within(loader: Any, around: Callable[[str], AbstractContextManager[None]], name: str) -> None:  # noqa: ANN401
+def execute_within(loader: Any, around: Callable[[str], AbstractContextManager[None]], name: str) -> None:  # noqa: ANN401
     """Have a loader execute the next module within a context; it is as it was then."""
     stock = getattr(loader, "exec_module", None)
     if stock is None or isinstance(loader, type):

@@ -14,7 +14,7 @@ import importlib.abc
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 from nbcache.client.notices import ImportedAnew, SetTooLate
 from nbcache.jupyter.ahead import Ahead, attributes, unit_of
 from nbcache.jupyter.deferred import execute, is_deferred
-from nbcache.jupyter.installed import OWN
+from nbcache.jupyter.installed import OWN, execute_within
 
 SET_EARLIER = "Set it where Jupyter is started, or in the kernelspec's env"
 REMEDY = f"{SET_EARLIER}; or choose an ordinary kernel (Python 3) for this notebook"
@@ -47,6 +47,8 @@ class Veil(importlib.abc.MetaPathFinder):
         self._ahead = ahead
         self._hidden: dict[str, Any] = {}
         self._brought: set[str] = set()
+        self._forgotten: dict[str, dict[str, Any]] = {}
+        self._retrievable: set[str] = set()
         self._coming: list[str] = []
         self._is_settled = False
         self._folders: Mapping[str, object] = {}
@@ -84,12 +86,11 @@ class Veil(importlib.abc.MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """What the import system asks for: the very module, if it is hidden and nothing that counts for it has changed."""
-        if fullname not in self._hidden:
-            return None
-        if self._is_settled:
+        if fullname in self._hidden and self._is_settled:
             self._heed(unit_of(fullname))
-        module = self._hidden.get(fullname)
-        return None if module is None else _spec_of(fullname, module, self)
+        if (module := self._hidden.get(fullname)) is not None:
+            return _spec_of(fullname, module, self)
+        return self._spec_anew(fullname, path, target) if fullname in self._retrievable else None
 
     def bring(self, fullname: str) -> None:
         """Import what a module needs that is being imported, and bring back what comes with it; all, or nothing."""
@@ -100,6 +101,36 @@ class Veil(importlib.abc.MetaPathFinder):
             self._show(unit, fullname)
         finally:
             self._coming.remove(unit)
+
+    def _spec_anew(self, unit: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
+        """What other finders have for a unit that is to be imported anew: if it cannot be, it comes back as it was."""
+        self._retrievable.discard(unit)
+        for finder in sys.meta_path:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            if (spec := finder.find_spec(unit, path, target)) is not None:
+                execute_within(spec.loader, self._or_as_it_was, unit)
+                return spec
+        return None
+
+    @contextlib.contextmanager
+    def _or_as_it_was(self, unit: str) -> Iterator[None]:
+        """Some have registered with another package what that does not take twice."""
+        try:
+            yield
+        except ImportError:
+            raise
+        except Exception as error:  # whatever it is, an ordinary kernel would hardly have it
+            modules = self._forgotten.pop(unit, {})
+            if unit not in modules:
+                raise
+            for name in [name for name in sys.modules if unit_of(name) == unit]:
+                del sys.modules[name]
+            self._hidden.update(modules)
+            said = f"{type(error).__name__}: {error}".partition("\n")[0]
+            self._tell(SetTooLate, f"{unit} cannot be imported anew ({said}); it is as before. {REMEDY}")
+            sys.modules[unit] = modules[unit]
+            self.bring(unit)
 
     def _import_needs(self, unit: str) -> None:
         for needed in sorted(self._ahead.needs[unit]):
@@ -167,6 +198,7 @@ class Veil(importlib.abc.MetaPathFinder):
 
     def _heed_variable(self, variable: str, units: list[str]) -> None:
         anew = self._forget(set(units))
+        self._retrievable |= anew
         if solid := " and ".join(unit for unit in units if unit in self._ahead.solid):
             text = (
                 f"{variable} had another value when {solid} came to be imported, ahead of this kernel; what was read then stays"
@@ -191,8 +223,8 @@ class Veil(importlib.abc.MetaPathFinder):
         above = self._ahead.above(units - self._ahead.solid) - self._ahead.solid
         forgotten = {unit for unit in above if unit in self._hidden and not unit.startswith(f"{OWN}.")}
         for unit in forgotten:
-            for name in self._ahead.modules[unit]:
-                self._hidden.pop(name, None)
+            names = self._ahead.modules[unit]
+            self._forgotten[unit] = {name: self._hidden.pop(name) for name in names if name in self._hidden}
             for state in self._ahead.loggers.get(unit, ()):
                 state.undo()
         return forgotten

@@ -406,6 +406,43 @@ def test_a_variable_that_a_package_sets_is_no_change_for_another_that_has_read_i
         assert f"SetTooLate: SHARED_LIMIT had another value when {name} came to be imported" in text
 
 
+ONCE = """
+import os, below
+if below.registry.get("once"):
+    raise KeyError("once is registered")
+below.registry["once"] = True
+home = os.environ.get("ONCE_HOME")
+"""
+
+
+def test_what_cannot_be_executed_twice_comes_as_it_was(start):
+    """As datasets, which registers types with pyarrow."""
+    below = "registry = {}; import os; home = os.environ.get('BELOW_HOME')"
+    kernel = start(below=below, once=ONCE, above="import once, os\nhome = os.environ.get('ONCE_HOME')")
+    text = said(kernel, "import os; os.environ['ONCE_HOME'] = '/x'; import above, once, below")
+    assert "SetTooLate: once cannot be imported anew (KeyError: 'once is registered'); it is as before" in text
+    assert value(kernel, "[once.home, above.home, above.once is once, below.registry]") == [None, "/x", True, {"once": True}]
+    kernel.restart()
+    assert not said(kernel, "import above, once")
+    kernel.restart()
+    text = said(kernel, "import os; os.environ['ONCE_HOME'] = '/x'; import once")
+    assert "SetTooLate: once cannot be imported anew" in text
+    assert value(kernel, "import above; [once.home, above.home]") == [None, "/x"]
+
+
+def test_a_finder_that_a_package_puts_second_brings_no_other_along(start, tmp_path):
+    kernel = start(second="import sys\nclass Finder:\n    find_spec = lambda *_: None\nsys.meta_path.insert(1, Finder())")
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "own.py").write_text("value = 3")
+    look = "[type(f).__name__ for f in sys.meta_path]"
+    kinds = value(kernel, f"import sys; sys.path.insert(0, {str(folder)!r}); import own; {look} if own.value == 3 else []")
+    assert not {"InstalledOnly", "Finder"} & set(kinds)
+    kinds = value(kernel, f"import second; {look}")
+    assert "InstalledOnly" not in kinds
+    assert kinds.count("Finder") == 1
+
+
 DRAWS = """
 import matplotlib.pyplot as plt, sys
 drawn = plt.plot([1, 2], [3, 4])
