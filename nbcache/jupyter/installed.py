@@ -57,17 +57,12 @@ class InstalledOnly:
         if path is not None or name == OWN:
             return None
         self._on_find(name)
-        for finder in sys.meta_path:
-            if finder is self or not hasattr(finder, "find_spec"):
-                continue
-            spec = finder.find_spec(name, path, target)
-            if spec is not None:
-                self._check(name, spec)
-                if name in self._deferred and hasattr(spec.loader, "exec_module"):
-                    spec.loader = DeferredLoader(spec.loader)
-                execute_within(spec.loader, self._around, name)
-                return spec
-        return None
+        if (spec := spec_of_others(self, name, path, target)) is not None:
+            self._check(name, spec)
+            if name in self._deferred and hasattr(spec.loader, "exec_module"):
+                spec.loader = DeferredLoader(spec.loader)
+            execute_within(spec.loader, self._around, name)
+        return spec
 
     def _check(self, name: str, spec: ModuleSpec) -> None:
         places = [spec.origin] if spec.has_location and spec.origin else list(spec.submodule_search_locations or ())
@@ -75,6 +70,14 @@ class InstalledOnly:
             if not os.path.abspath(place).startswith(self._folders):
                 self.refused.append(f"{name} ({place})")
                 raise ImportError(f"{name} is not installed, it lies in {place}", name=name)
+
+
+def spec_of_others(own: object, name: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
+    """What the first of the other finders has for a module."""
+    for finder in sys.meta_path:
+        if finder is not own and hasattr(finder, "find_spec") and (spec := finder.find_spec(name, path, target)) is not None:
+            return spec
+    return None
 
 
 def execute_within(loader: Any, around: Callable[[str], AbstractContextManager[None]], name: str) -> None:  # noqa: ANN401

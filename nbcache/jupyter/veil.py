@@ -22,7 +22,7 @@ from typing import Any
 from nbcache.client.notices import ImportedAnew, SetTooLate
 from nbcache.jupyter.ahead import Ahead, attributes, unit_of
 from nbcache.jupyter.deferred import execute, is_deferred
-from nbcache.jupyter.installed import OWN, execute_within
+from nbcache.jupyter.installed import OWN, execute_within, spec_of_others
 
 SET_EARLIER = "Set it where Jupyter is started, or in the kernelspec's env"
 REMEDY = f"{SET_EARLIER}; or choose an ordinary kernel (Python 3) for this notebook"
@@ -47,8 +47,7 @@ class Veil(importlib.abc.MetaPathFinder):
         self._ahead = ahead
         self._hidden: dict[str, Any] = {}
         self._brought: set[str] = set()
-        self._forgotten: dict[str, dict[str, Any]] = {}
-        self._retrievable: set[str] = set()
+        self._retrievable: dict[str, dict[str, Any]] = {}
         self._coming: list[str] = []
         self._is_settled = False
         self._folders: Mapping[str, object] = {}
@@ -104,26 +103,20 @@ class Veil(importlib.abc.MetaPathFinder):
 
     def _spec_anew(self, unit: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
         """What other finders have for a unit that is to be imported anew: if it cannot be, it comes back as it was."""
-        self._retrievable.discard(unit)
-        for finder in sys.meta_path:
-            if finder is self or not hasattr(finder, "find_spec"):
-                continue
-            if (spec := finder.find_spec(unit, path, target)) is not None:
-                execute_within(spec.loader, self._or_as_it_was, unit)
-                return spec
-        return None
+        modules = self._retrievable.pop(unit)
+        spec = spec_of_others(self, unit, path, target)
+        if spec is not None:
+            execute_within(spec.loader, lambda _: self._or_as_it_was(unit, modules), unit)
+        return spec
 
     @contextlib.contextmanager
-    def _or_as_it_was(self, unit: str) -> Iterator[None]:
+    def _or_as_it_was(self, unit: str, modules: dict[str, Any]) -> Iterator[None]:
         """Some have registered with another package what that does not take twice."""
         try:
             yield
         except ImportError:
             raise
-        except Exception as error:  # whatever it is, an ordinary kernel would hardly have it
-            modules = self._forgotten.pop(unit, {})
-            if unit not in modules:
-                raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, an ordinary kernel would hardly have it
             for name in [name for name in sys.modules if unit_of(name) == unit]:
                 del sys.modules[name]
             self._hidden.update(modules)
@@ -218,13 +211,13 @@ class Veil(importlib.abc.MetaPathFinder):
             return None
         return found.origin
 
-    def _forget(self, units: Set[str]) -> set[str]:
-        """Have these imported anew, and what needs them, but not what is solid, or ours. Which of them were hidden."""
+    def _forget(self, units: Set[str]) -> dict[str, dict[str, Any]]:
+        """Have these imported anew, and what needs them, but not what is solid, or ours. What was hidden of them."""
         above = self._ahead.above(units - self._ahead.solid) - self._ahead.solid
-        forgotten = {unit for unit in above if unit in self._hidden and not unit.startswith(f"{OWN}.")}
-        for unit in forgotten:
+        forgotten: dict[str, dict[str, Any]] = {}
+        for unit in [unit for unit in above if unit in self._hidden and not unit.startswith(f"{OWN}.")]:
             names = self._ahead.modules[unit]
-            self._forgotten[unit] = {name: self._hidden.pop(name) for name in names if name in self._hidden}
+            forgotten[unit] = {name: self._hidden.pop(name) for name in names if name in self._hidden}
             for state in self._ahead.loggers.get(unit, ()):
                 state.undo()
         return forgotten

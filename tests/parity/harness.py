@@ -126,7 +126,7 @@ def library_noise() -> Iterator[None]:
         yield
 
 
-def load_stock(folder: Path, subject: Subject, dtype: torch.dtype) -> Any:
+def load_stock(folder: Path, subject: Subject, dtype: torch.dtype | str) -> Any:
     """What the libraries load. A dtype is always given: diffusers makes everything float32 without.
 
     The parameters are moved to memory of torch's own: in a mapped file they lie at odd addresses, and what a CPU computes
@@ -139,7 +139,7 @@ def load_stock(folder: Path, subject: Subject, dtype: torch.dtype) -> Any:
     return loaded
 
 
-def _load_stock(folder: Path, subject: Subject, dtype: torch.dtype) -> Any:
+def _load_stock(folder: Path, subject: Subject, dtype: torch.dtype | str) -> Any:
     import diffusers
     import transformers
 

@@ -20,6 +20,7 @@ import nbcache
 from nbcache import errors
 from nbcache.checkpoints import catalog
 from nbcache.models.gguf import gguf_parameters
+from nbcache.models.packages import release
 from tests.support.contents import assert_alike, shared
 from tests.support.gguf import write_gguf, write_quantized_state
 from tests.support.kernels import Interpreter, Kernel
@@ -352,7 +353,7 @@ def test_a_model_of_diffusers_runs_on_them_uncopied_and_as_the_stock_one(runtime
         image, text = torch.ones(1, 16, 32), torch.ones(1, 3, 32)
         mask, steps = torch.ones(1, 3, dtype=torch.long), torch.tensor([1.0])
         inputs = {"encoder_hidden_states_mask": mask, "timestep": steps, "img_shapes": [[(1, 4, 4)]]}
-        if metadata.version("diffusers") < "0.36":
+        if release(metadata.version("diffusers")) < (0, 36):
             inputs["txt_seq_lens"] = [3]
         return model(image, text, **inputs).sample
 

@@ -60,8 +60,8 @@ def test_a_cached_load_equals_a_stock_load(runtime_dir, folders, name, dtype):
 
 def test_the_real_minilm(runtime_dir):
     subject, folder = Subject(lambda _: None, run_encoder), minilm_folder()
-    stock = load_stock(folder, subject, torch.float32)
-    loaded = nbcache.load_model(folder, device="cpu", dtype=torch.float32)
+    stock = load_stock(folder, subject, "auto")
+    loaded = nbcache.load_model(folder, device="cpu")
     assert list(differences(portrait(stock), portrait(loaded))) == []
     assert run(subject, loaded) == run(subject, stock)
     assert type(loaded).__name__ == "BertModel"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+from importlib import metadata
 
 import pytest
 
+from nbcache.models.packages import release
 from nbcache.models.points import POINTS, Point
 from tests.support.names import imported_in, names_in
 
@@ -32,7 +34,7 @@ def test_every_name_of_the_table_is_where_it_says(libraries):
         "transformers.modeling_utils.logger",
         "diffusers.loaders.ip_adapter.safe_open",
     ]
-    assert len(all_strange) >= 10
+    assert len(all_strange) > (10 if release(metadata.version("transformers")) >= (5, 0) else 9)  # which has one more
 
 
 def test_a_new_import_in_a_package_is_seen(tmp_path):

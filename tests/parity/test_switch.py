@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import nbcache
 from nbcache.models import hooks
+from nbcache.models.packages import release
 from tests.parity.conftest import QUIET
 from tests.support.checkpoints import write_checkpoint
 from tests.support.kernels import Interpreter
@@ -186,7 +187,7 @@ bound, changed, left, sys.meta_path == finders"""
 
 def test_modules_that_are_imported_while_it_is_on():
     wrapped = ["safe_open", "caching_allocator_warmup"]
-    if metadata.version("transformers") >= "5":
+    if release(metadata.version("transformers")) >= (5, 0):
         wrapped.append("convert_and_load_state_dict_in_model")
     with Interpreter(**QUIET) as process:
         process.begin(

@@ -359,7 +359,7 @@ threads = [threading.Thread(target=find, args=(name,)) for name in names]
 import torch, numpy
 len(found) == len(names), len(set(found)) == 7, float(torch.from_numpy(numpy.ones(4)).sum())
 """
-    for _ in range(2):
+    for _ in range(4):
         assert value(kernel, code) == (True, True, 4.0)
         kernel.restart()
         assert is_forked(kernel)
